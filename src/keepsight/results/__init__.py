@@ -1,0 +1,22 @@
+"""Measurements and the folders that hold them. Depends on nothing else in the package."""
+
+from keepsight.results.measurement import Measurement, read_rows, write_rows
+from keepsight.results.provenance import command_line, fingerprint, prompt_hash, versions
+from keepsight.results.run import Example, LoadedRun, RunDirectory
+from keepsight.results.storage import StorageError, make_folder, write_file
+
+__all__ = [
+    "Example",
+    "LoadedRun",
+    "Measurement",
+    "RunDirectory",
+    "StorageError",
+    "command_line",
+    "fingerprint",
+    "make_folder",
+    "prompt_hash",
+    "read_rows",
+    "versions",
+    "write_file",
+    "write_rows",
+]

@@ -1,0 +1,55 @@
+"""What a number came from: versions, the command, and a fingerprint of the weights."""
+
+import hashlib
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLED_ELEMENTS = 4096  # of each tensor: training moves them all, and a 7B model takes under a second
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide the numbers; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("keepsight", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def command_line() -> str:
+    """The command that is running, ready to paste, without the folder of the program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def prompt_hash(prompt: str) -> str:
+    """SHA-256 of a prompt's UTF-8 text, in hexadecimal."""
+    return hashlib.sha256(prompt.encode("utf-8")).hexdigest()
+
+
+def fingerprint(model: "torch.nn.Module") -> str:
+    """16 hexadecimal digits that tell one set of weights from another (ours).
+
+    SHA-256 over names, shapes, types and about 4,096 evenly spaced elements of every tensor of the state dict:
+    equal weights give equal digits on any device, and a training step changes them. It is no protection against
+    forgery.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        if flat.numel():
+            stride = max(1, flat.numel() // SAMPLED_ELEMENTS)
+            sample = flat[::stride].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
