@@ -1,0 +1,90 @@
+"""Residual-stream states of the visual tokens, during any forward of any trainer or script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out
+
+Sink = Callable[[int, Tensor], None]
+
+
+class Capture:
+    """What `capture` yields.
+
+    Attributes:
+        states: ``{layer: [T, d]}`` of the latest forward, in the order of `Vlm.image_tokens`, still in the autograd
+            graph if there is one; empty when a sink takes them.
+        mask: ``[B, S]`` bool, the visual positions of the latest forward.
+    """
+
+    def __init__(self, vlm: Vlm, layers: Iterable[int | str], sink: Sink | None) -> None:
+        self.vlm = vlm
+        self.layers = sorted({vlm.resolve_layer(layer) for layer in layers})
+        self.states: dict[int, Tensor] = {}
+        self.mask: Tensor | None = None
+        self._sink = sink
+        self._index: Tensor | None = None  # flat positions; None = disarmed
+
+    def _arm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.mask = self.vlm.visual_mask(self.vlm.bind(args, kwargs)["input_ids"])
+        self._index = self.mask.flatten().nonzero(as_tuple=True)[0]
+        self.states = {}
+
+    def _disarm(self, *_: Any) -> None:
+        # Layers recomputed by gradient checkpointing during the backward must not be captured a second time.
+        self._index = None
+
+    def _take(self, layer: int, hidden: Tensor) -> None:
+        if self._index is None:
+            return
+        tokens = hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))  # [T, d]
+        if self._sink is None:
+            self.states[layer] = tokens
+        else:
+            self._sink(layer, tokens)
+
+    def _input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._take(0, hidden_states_in(args, kwargs))
+
+    def _output(self, layer: int, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self._take(layer, hidden_states_out(output))
+
+
+@contextmanager
+def capture(vlm: Vlm, layers: Iterable[int | str], sink: Sink | None = None) -> Iterator[Capture]:
+    """Hand over ``h[l]`` of the visual tokens of every forward inside the ``with`` block.
+
+    Only the visual tokens are gathered. ``h[depth]`` is the residual stream before the final norm (unlike
+    ``hidden_states[-1]`` of transformers). In families that add vision features between layers (deepstack), ``h[l]`` is
+    the output of layer ``l`` before that addition.
+
+    Args:
+        vlm: the model.
+        layers: indices, "middle" or "last".
+        sink: called as ``sink(layer, tokens)`` with ``tokens [T, d]`` inside the forward, layer by layer in rising
+            order; nothing is kept then, so memory does not grow with the number of layers.
+
+    Raises:
+        ValueError: for a layer that does not exist; at the forward, when the model is called without ``input_ids``.
+    """
+    taken = Capture(vlm, layers, sink)
+    hooks = [
+        vlm.core.register_forward_pre_hook(taken._arm, with_kwargs=True),
+        vlm.core.register_forward_hook(taken._disarm, always_call=True),
+    ]
+    for layer in taken.layers:
+        if layer == 0:
+            hooks.append(vlm.layers[0].register_forward_pre_hook(taken._input, with_kwargs=True))
+        else:
+            hooks.append(vlm.layers[layer - 1].register_forward_hook(partial(taken._output, layer)))
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()

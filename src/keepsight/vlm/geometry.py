@@ -1,0 +1,95 @@
+"""From object masks to visual tokens, by the processor's own resize, crop, padding and tiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from keepsight.vlm.view import Vlm
+
+BACKGROUND, IGNORE = 0, 255
+
+
+def patch_coverage(processor: Any, vlm: Vlm, mask: np.ndarray) -> tuple[list[int], Tensor]:
+    """Share of every visual token's pixels that each object of a picture covers.
+
+    Whatever a processor does to a picture (resize, crop, padding, tiles), it does to a picture *of the mask*: three
+    objects at a time are painted white into the colour channels, processed, and compared with an all-black and an
+    all-white picture, which removes rescaling and normalisation and makes padding count as no object. Nothing about the
+    geometry is known per family, except which pixels a token stands for. Ours.
+
+    Args:
+        processor: the model's processor (its ``image_processor`` is called).
+        vlm: the model.
+        mask: ``[H, W]`` uint8, 0 background, 255 ignored, other values objects; of the picture's size.
+
+    Returns:
+        The object ids (sorted), and the coverage ``[K, N]`` in 0…1, N tokens in the order of `Vlm.image_tokens`
+        (all tiles of the picture, thumbnail included).
+
+    Raises:
+        ValueError: for a mask that is not two-dimensional uint8.
+    """
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise ValueError(
+            f"a mask must be a [H, W] array of uint8 (0 background, 255 ignored), got shape {mask.shape}, {mask.dtype}."
+        )
+    objects = [int(value) for value in np.unique(mask) if value not in (BACKGROUND, IGNORE)]
+    image_processor = processor.image_processor
+    black = _painted(image_processor, vlm, np.zeros((*mask.shape, 3), np.uint8))  # [N, 3]
+    span = _painted(image_processor, vlm, np.full((*mask.shape, 3), 255, np.uint8)) - black
+    scale = span.amax(dim=0).clamp(min=1e-12)  # of a token wholly inside the picture
+    rows = []
+    for first in range(0, len(objects), 3):
+        picture = np.zeros((*mask.shape, 3), np.uint8)
+        for channel, value in enumerate(objects[first : first + 3]):
+            picture[..., channel] = np.where(mask == value, 255, 0)
+        share = (_painted(image_processor, vlm, picture) - black) / scale
+        rows.append(share.T[: len(objects) - first])
+    coverage = torch.cat(rows) if rows else black.new_zeros(0, len(black))
+    return objects, coverage.clamp(0.0, 1.0)
+
+
+def _painted(image_processor: Any, vlm: Vlm, picture: np.ndarray) -> Tensor:
+    """Mean processed pixel of every token, ``[N, 3]``."""
+    # Bilinear, because the overshoot of bicubic and Lanczos kernels is clipped at black and white, which biases areas.
+    batch = image_processor(images=[Image.fromarray(picture)], return_tensors="pt", resample=Image.Resampling.BILINEAR)
+    return token_pixels(vlm, batch)
+
+
+def token_pixels(vlm: Vlm, batch: dict[str, Any]) -> Tensor:
+    """Mean pixel of the area that each visual token stands for, ``[N, 3]``, of one picture's processed batch."""
+    pixels = batch["pixel_values"].float()
+    vision = vlm.config.vision_config
+    patch = _first(vision.patch_size)
+    if batch.get("image_grid_thw") is not None:
+        # [patches, 3 · frames · patch²], the patches of one token consecutive.
+        merge = vision.spatial_merge_size**2
+        return pixels.view(len(pixels) // merge, merge, 3, -1).mean(dim=(1, 3))
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])  # [tiles, 3, H, W]
+    per_side = _merged_patches(vlm)
+    height, width = (int(size) // patch for size in pixels.shape[-2:])
+    pixels = pixels[..., : height * patch, : width * patch]  # what is left over belongs to no patch
+    return F.avg_pool2d(pixels, patch * per_side).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def _merged_patches(vlm: Vlm) -> int:
+    """How many patches a side one token of a fixed-grid family merges."""
+    config = vlm.config
+    if hasattr(config, "mm_tokens_per_image"):  # Gemma3: average pooling to a fixed number of tokens
+        patches = config.vision_config.image_size // config.vision_config.patch_size
+        return patches // int(config.mm_tokens_per_image**0.5)
+    if hasattr(config, "downsample_ratio"):  # InternVL: pixel shuffle
+        return round(1 / config.downsample_ratio)
+    if hasattr(config, "scale_factor"):  # Idefics3, SmolVLM: pixel shuffle
+        return int(config.scale_factor)
+    return int(getattr(config, "spatial_merge_size", 1))
+
+
+def _first(size: Any) -> int:
+    return int(size[0]) if isinstance(size, (list, tuple)) else int(size)
