@@ -1,0 +1,52 @@
+"""The chat template of an assembled model: pictures of a turn first, then its text.
+
+A language model's own template expects `message["content"]` to be a string. A multimodal message carries a
+list of `{"type": "image"}` and `{"type": "text", "text": ...}` parts. `image_chat_template` puts a few lines
+before the language model's template that write such a list as `<image>` + newline for every picture, then the
+text, and leaves the rest of the template as it is (system prompt, role marks, generation marks).
+"""
+
+from __future__ import annotations
+
+FALLBACK = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{ 'ASSISTANT: ' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{{ message['content'] + '\\n' }}"
+    "{%- else -%}"
+    "{{ 'USER: ' + message['content'] + '\\n' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'ASSISTANT: ' }}{%- endif -%}"
+)
+"""For tokenizers without a template: `USER: …` and `ASSISTANT: …` lines, each answer closed by the end token."""
+
+_FLATTEN = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set flat.messages = flat.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set turn = namespace(images='', text='') -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set turn.images = turn.images + 'IMAGE_TOKEN\\n' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set turn.text = turn.text + part['text'] -%}"
+    "{%- else -%}{{ raise_exception('a part of a message has type ' + part['type']"
+    ' + \'; this model takes "image" and "text"\') }}'
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=turn.images + turn.text)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
+)
+
+
+def image_chat_template(template: str | None, image_token: str = "<image>") -> str:
+    """The language model's chat `template` (None: `FALLBACK`), made to take messages with pictures.
+
+    Within a turn the pictures come first, whatever their place in the list, as LLaVA-1.5 does; content that is
+    already a string (with its own placeholders) passes unchanged.
+    """
+    return _FLATTEN.replace("IMAGE_TOKEN", image_token) + (template or FALLBACK)
