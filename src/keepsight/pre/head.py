@@ -1,0 +1,49 @@
+"""The prediction head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class PredictionHead(nn.Module):
+    """Two-layer MLP ``f_pred``: Linear → GELU → Linear, no norm (paper: "2-layer MLP head"; GELU and width are ours).
+
+    Its parameters stay float32 whatever the model around it is cast to, and it computes in float32 under autocast: the
+    cosine it is trained on saturates near 1, where half precision cannot tell predictions apart.
+
+    Args:
+        width: d of the states read, ``[T, d]``.
+        out_width: d' of the anchor, ``[T, d']``.
+        hidden: width between the two layers.
+        seed: of the generator that draws the weights (U(±1/√fan_in), as `nn.Linear`); the global one is not used.
+    """
+
+    def __init__(self, width: int, out_width: int, hidden: int, *, seed: int) -> None:
+        super().__init__()
+        # Built on "meta" and filled by hand, so that the global random generator is not advanced.
+        self.up = nn.Linear(width, hidden, device="meta", dtype=torch.float32)
+        self.act = nn.GELU()
+        self.down = nn.Linear(hidden, out_width, device="meta", dtype=torch.float32)
+        self.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        for linear in (self.up, self.down):
+            bound = 1 / math.sqrt(linear.in_features)
+            for parameter in (linear.weight, linear.bias):
+                with torch.no_grad():
+                    parameter.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[T, d]`` of any float type → ``[T, d']`` float32."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.down(self.act(self.up(states.float())))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PredictionHead:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)
