@@ -100,6 +100,11 @@ class Handle(TrainerCallback):
         return self._sight
 
     @property
+    def seen(self) -> Seen | None:
+        """`sight` before it is read: its tensors are on the device still. None before the first training forward."""
+        return self._seen
+
+    @property
     def cosine(self) -> float | None:
         """Mean cosine between prediction and anchor in the latest training forward."""
         return self.sight.cosine if self.sight else None
@@ -167,8 +172,8 @@ class Handle(TrainerCallback):
             )
         if not self.config.observe and not seen.reaches_model:
             raise DeadLossError(
-                f"no gradient can reach the model from layer {self.layer}: nothing at or below that layer is trainable, "
-                "or reentrant gradient checkpointing hides it (set "
+                f"no gradient can reach the model from layer {self.layer}: nothing at or below that layer is "
+                "trainable, or reentrant gradient checkpointing hides it (set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         self._alive = True

@@ -1,0 +1,163 @@
+"""Predictive Regularization inside HF `Trainer` and its subclasses, with the exact global mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keepsight.pre.attach import Handle, handle_of
+
+
+class PReTrainerMixin:
+    """Adds ``λ · L_PRe`` to the loss of a `Trainer` subclass: ``class MyTrainer(PReTrainerMixin, Trainer)``.
+
+    Attach to the model first (`keepsight.attach`); everything else stays as it was. L_PRe is the mean over the pictures
+    of the whole optimizer step: the micro-batches that gradient accumulation prefetches, of all processes. So one batch
+    of 8 and eight accumulated batches of 1 train alike, whatever share of samples holds pictures.
+
+    Logged beside the trainer's own numbers, as means since the last log over all processes: ``lm_loss`` (what the
+    bare trainer would have logged as ``loss``), ``pre_loss`` (L_PRe, without λ), ``pre_cosine``, ``pre_margin`` (see
+    `keepsight.pre.sight.Sight`), and per step ``pre_images``, ``pre_tokens``, ``pre_skipped``.
+
+    The head's gradient is clipped apart from the model's (``max_grad_norm`` each), so that the head cannot change how
+    far the model steps. Before the first step that saw pictures `Handle.assert_alive` stops a dead run.
+
+    Raises:
+        ValueError: at construction, when nothing is attached to the model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        handle = handle_of(self.model)  # type: ignore[attr-defined]
+        if handle is None:
+            raise ValueError(
+                "the trainer's model has no predictive regularization attached: call "
+                "keepsight.attach(model, keepsight.PReConfig()) before building the trainer (weight=0: the baseline)."
+            )
+        self.pre: Handle = handle
+        self.add_callback(handle)  # type: ignore[attr-defined]
+        self._pre_log = _Running()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        rate = self.pre.config.head_lr
+        head = {id(parameter) for parameter in self.pre.parameters()}
+        if rate is None or any(group.get("keepsight_head") for group in optimizer.param_groups):
+            return optimizer
+        decay = 0.0
+        for group in optimizer.param_groups:
+            if any(id(parameter) in head for parameter in group["params"]):
+                decay = max(decay, group.get("weight_decay", 0.0))
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+        optimizer.add_param_group(
+            {
+                "params": [parameter for parameter in self.pre.parameters() if parameter.requires_grad],
+                "lr": rate,
+                "weight_decay": decay,
+                "keepsight_head": True,
+            }
+        )
+        return optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step, their pictures counted over all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if self.pre.config.active:
+            images = torch.tensor(sum(self.pre.count_images(batch) for batch in batches), device=device)
+            self.pre.images_in_step = int(self.accelerator.reduce(images, reduction="sum"))  # type: ignore[attr-defined]
+        return batches, items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's loss plus ``λ · L_PRe``, scaled so that its gradient is that of the global mean."""
+        result = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not (model.training and torch.is_grad_enabled()):
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        # What the trainer will still do to this number: divide by the accumulation steps unless the LM loss was
+        # normalised over the step already; DistributedDataParallel averages gradients over processes.
+        divisor = 1 if self._normalised_over_step(num_items_in_batch) else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        processes = self.accelerator.num_processes  # type: ignore[attr-defined]
+        predictive = self.pre.loss.to(loss.device)
+        self._pre_log.add(loss.detach() / divisor, self.pre)
+        total = loss + predictive * (divisor * processes)
+        return (total, outputs) if return_outputs else total
+
+    def _normalised_over_step(self, num_items_in_batch: Any) -> bool:
+        flag = getattr(self, "loss_is_scaled_for_ga", None)
+        if flag is not None:
+            return flag
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        return by_model or self.compute_loss_func is not None  # type: ignore[attr-defined]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the model's gradients as if the head were not there, then the head's by themselves."""
+        head = [parameter for parameter in self.pre.parameters() if parameter.grad is not None]
+        kept = [parameter.grad for parameter in head]
+        for parameter in head:
+            parameter.grad = None
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        for parameter, gradient in zip(head, kept, strict=True):
+            parameter.grad = gradient
+        if head:
+            torch.nn.utils.clip_grad_norm_(head, self.args.max_grad_norm)  # type: ignore[attr-defined]
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's log, with what the predictive loss saw since the last one."""
+        if "loss" in logs and self._pre_log.steps:
+            logs.update(self._pre_log.read(self.accelerator))  # type: ignore[attr-defined]
+            self._pre_log = _Running()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; counts optimizer steps for the log."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.accelerator.gradient_state.sync_gradients:  # type: ignore[attr-defined]
+            self._pre_log.steps += 1
+        return loss
+
+
+class _Running:
+    """Sums since the last log; on the device until read."""
+
+    FIELDS = ("lm", "cosine", "gain", "paired", "images", "tokens", "skipped")
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: Tensor | None = None
+
+    def add(self, lm_loss: Tensor, handle: Handle) -> None:
+        seen = handle.seen
+        row = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=lm_loss.device)
+        row[0] = lm_loss
+        if seen is not None:
+            row[1:4] = torch.stack([seen.cosine_sum, seen.gain_sum, seen.paired.to(seen.gain_sum.dtype)])
+            row[4:] = torch.tensor([seen.images, seen.tokens, seen.skipped], dtype=torch.float64)
+        self.sums = row if self.sums is None else self.sums + row
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        assert self.sums is not None
+        total = accelerator.reduce(self.sums, reduction="sum")
+        lm, cosine, gain, paired, images, tokens, skipped = total.tolist()
+        logs = {"lm_loss": lm / self.steps / accelerator.num_processes}
+        if images:
+            logs["pre_loss"] = -cosine / images
+            logs["pre_cosine"] = cosine / images
+        if paired:
+            logs["pre_margin"] = gain / paired
+        logs |= {
+            "pre_images": images / self.steps,
+            "pre_tokens": tokens / self.steps,
+            "pre_skipped": skipped / self.steps,
+        }
+        return logs
