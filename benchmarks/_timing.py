@@ -1,0 +1,77 @@
+"""Paired timing: how many times longer one thing takes than another, with a 95 % interval.
+
+Both are run in turn, order alternating, so that a machine's slow drift hits them alike; the ratio is taken pair by
+pair and averaged on the log scale.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Geometric mean of paired ratios and its 95 % t-interval over pairs."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}] ({self.pairs} pairs)"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
+    """The ratio slow / fast of paired times."""
+    logs = [math.log(a / b) for a, b in zip(slow, fast, strict=True)]
+    mean = statistics.fmean(logs)
+    half = student.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+
+
+def paired(
+    slow: Callable[[], object], fast: Callable[[], object], pairs: int, warmup: int = 1
+) -> tuple[list[float], list[float]]:
+    """Times of both, in seconds, one entry a pair."""
+    for _ in range(warmup):
+        slow()
+        fast()
+    slow_times, fast_times = [], []
+    for pair in range(pairs):
+        if pair % 2:
+            fast_times.append(seconds(fast))
+            slow_times.append(seconds(slow))
+        else:
+            slow_times.append(seconds(slow))
+            fast_times.append(seconds(fast))
+    return slow_times, fast_times
+
+
+def verdict(name: str, ratio: Ratio, *, at_least: float | None = None, at_most: float | None = None) -> bool:
+    """Print the ratio beside its bound; whether the bound holds."""
+    if at_least is not None:
+        holds, bound = ratio.value >= at_least, f"at least {at_least}x"
+    else:
+        assert at_most is not None
+        holds, bound = ratio.value <= at_most, f"at most {at_most}x"
+    print(f"{name}: {ratio}, {bound}: {'holds' if holds else 'MISSED'}", flush=True)
+    return holds
+
+
+def finish(*held: bool) -> None:
+    """Exit with 1 if any bound was missed."""
+    sys.exit(0 if all(held) else 1)

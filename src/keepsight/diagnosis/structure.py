@@ -1,0 +1,163 @@
+"""Patch structure: do the patches of one object stay alike, and apart from everything else?
+
+The claim is the paper's (intra-object cohesion and inter-object coupling both rise with depth, coupling
+faster); the definitions are ours, see docs/metrics.md. With unit vectors u_i and Σ_k = Σ_{i∈k} u_i, every
+mean of pairwise cosines follows from |Σ_k|² and Σ_k·(Σ − Σ_k), so that no token × token matrix is ever
+formed: O(N·d) instead of O(N²·d).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 20  # rows normalised and summed together: small enough to be read from memory only once
+
+
+def membership(coverage: Tensor, threshold: float = 0.5) -> Tensor:
+    """Which patch belongs to which object.
+
+    Args:
+        coverage: [K, N], share of patch n's area that object k covers.
+        threshold: a patch belongs to an object that covers at least this share of it (ours).
+
+    Returns:
+        bool [K, N].
+
+    Raises:
+        ValueError: coverage is not a matrix of shares in [0, 1].
+    """
+    if coverage.ndim != 2 or (coverage.numel() and not (-1e-6 <= coverage.min() and coverage.max() <= 1 + 1e-6)):
+        raise ValueError(
+            f"coverage must be a [K, N] matrix of area shares in [0, 1]; got shape {tuple(coverage.shape)}"
+            + (f" with values in [{coverage.min():.3g}, {coverage.max():.3g}]" if coverage.numel() else "")
+        )
+    return coverage >= threshold
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The sums to take over the T tokens of a batch: one for each of B images, one for each of K objects.
+
+    weights: [B + K, T], 1 where the token is in the group (images first); owner: [K], the image of an object.
+    """
+
+    weights: Tensor
+    owner: Tensor
+
+    @classmethod
+    def build(cls, image: Tensor, n_images: int, objects: Tensor | None = None, owner: Tensor | None = None) -> Groups:
+        """image: [T], each token's image; objects: bool [K, T]; owner: [K], each object's image."""
+        images = torch.nn.functional.one_hot(image.long(), n_images).T.to(torch.float32)
+        if objects is None or owner is None:
+            objects, owner = image.new_zeros((0, image.shape[0])), image.new_zeros(0)
+        return cls(torch.cat([images, objects.to(images)], dim=0), owner.long())
+
+    @property
+    def n_images(self) -> int:
+        return self.weights.shape[0] - self.owner.shape[0]
+
+    @property
+    def sizes(self) -> Tensor:
+        """[B + K], tokens in each group."""
+        return self.weights.sum(dim=1)
+
+    def keep(self, tokens: Tensor) -> Groups:
+        """The same groups with only these tokens in them (tokens: bool [T])."""
+        return replace(self, weights=self.weights * tokens)
+
+    def image_mean(self, values: Tensor) -> Tensor:
+        """Mean over the objects of each image, undefined objects (NaN) left out: [K] → [B], NaN without objects."""
+        defined = ~values.isnan()
+        total = values.new_zeros(self.n_images).index_add_(0, self.owner[defined], values[defined])
+        count = values.new_zeros(self.n_images).index_add_(0, self.owner[defined], torch.ones_like(values[defined]))
+        return total / count  # 0 / 0 is the NaN that is wanted
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Mean cosines: homogeneity [B] over the token pairs of an image; cohesion and coupling [K] of its objects.
+
+    NaN where there is no pair. An object is defined when it has two patches inside and one outside, so that
+    cohesion, coupling and their difference are always over the same objects.
+    """
+
+    homogeneity: Tensor
+    cohesion: Tensor
+    coupling: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """[K] cohesion − coupling: the headline (ours). Zero means that an object's patches do not stand out."""
+        return self.cohesion - self.coupling
+
+
+def unit_sums(tokens: Tensor, weights: Tensor, centre: Tensor | None = None, channels: Tensor | None = None):
+    """Weighted sums of unit vectors: [T, d], [G, T] → ([G, d], live [T]); a zero token counts as the zero vector.
+
+    centre: [d], taken off first. channels: [d], 0 for the channels to leave out, 1 for the others.
+    """
+    n_tokens, width = tokens.shape
+    sums = tokens.new_zeros((weights.shape[0], width), dtype=torch.float32)
+    norms = tokens.new_empty(n_tokens, dtype=torch.float32)
+    rows = max(32, CHUNK_BYTES // (4 * width)) if tokens.device.type == "cpu" else n_tokens
+    for start in range(0, n_tokens, rows):
+        chunk = tokens[start : start + rows].float()
+        if centre is not None:
+            chunk = chunk - centre
+        if channels is not None:
+            chunk = chunk * channels
+        norm = torch.linalg.vector_norm(chunk, dim=1, out=norms[start : start + rows])
+        scale = torch.where(norm > 0, 1 / norm, 0.0)
+        sums.addmm_(weights[:, start : start + rows] * scale, chunk)
+    return sums, norms > 0
+
+
+def structure(
+    tokens: Tensor, groups: Groups, *, centre: Tensor | None = None, channels: Tensor | None = None
+) -> Structure:
+    """Homogeneity, cohesion and coupling of a batch, in O(T·d) per group.
+
+    Args:
+        tokens: [T, d], the visual tokens of all images of the batch.
+        groups: which token is in which image and object.
+        centre: [d] or None; the layer's mean token, for the centred variant.
+        channels: [d] or None; 0 for channels to leave out.
+
+    Returns:
+        float32 tensors, see `Structure`. cohesion_k = mean cosine over the pairs inside object k;
+        coupling_k = mean cosine between object k and every other patch of its image.
+    """
+    sums, live = unit_sums(tokens, groups.weights, centre, channels)
+    sizes = groups.sizes
+    own_pairs = groups.weights @ live.to(groups.weights)  # Σ|u_i|², the pairs of a token with itself
+    squares = (sums * sums).sum(dim=1)
+    inside = (squares - own_pairs) / (sizes * (sizes - 1))
+    b = groups.n_images
+    objects, images = sums[b:], sums[:b][groups.owner]
+    outside = sizes[:b][groups.owner] - sizes[b:]
+    coupling = ((objects * images).sum(dim=1) - squares[b:]) / (sizes[b:] * outside)
+    defined = (sizes[b:] >= 2) & (outside >= 1)
+    undefined = torch.tensor(float("nan"), device=sums.device)
+    return Structure(
+        homogeneity=torch.where(sizes[:b] >= 2, inside[:b], undefined),
+        cohesion=torch.where(defined, inside[b:], undefined),
+        coupling=torch.where(defined, coupling, undefined),
+    )
+
+
+def patch_structure(tokens: Tensor, members: Tensor, centre: Tensor | None = None) -> Structure:
+    """The same for one image: tokens [N, d], members bool [K, N].
+
+    Raises:
+        ValueError: members does not have one column per token.
+    """
+    if members.ndim != 2 or members.shape[1] != tokens.shape[0]:
+        raise ValueError(
+            f"members must be [K, {tokens.shape[0]}], one column per token; got shape {tuple(members.shape)}"
+        )
+    image = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
+    owner = torch.zeros(members.shape[0], dtype=torch.long, device=tokens.device)
+    return structure(tokens, Groups.build(image, 1, members, owner), centre=centre)
