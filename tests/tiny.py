@@ -156,7 +156,10 @@ def gemma3(seed: int = 0) -> tuple[Any, dict[str, Any]]:
     one = [OPEN, *[IMAGE] * 4, CLOSE]
     batch = sequences([1, *one, 5, *one, 6, 7, 8], [1, *one, 9, 10])
     batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
-    return build(config, seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
+    model = build(config, seed)
+    # transformers starts this weight at zero, which would make every visual token the same.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    return model, {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
 
 
 def smolvlm(seed: int = 0) -> tuple[Any, dict[str, Any]]:

@@ -1,3 +1,36 @@
 """keepsight: see how much of a picture survives inside a multimodal LLM, and train the model to keep it."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keepsight.pre import DeadLossError, Handle, PReConfig, attach, handle_of, param_groups
+    from keepsight.training.trainer import PReTrainerMixin
+
 __version__ = "0.1.0"
+
+# Loaded on first use, so that `keepsight --help` does not wait for torch.
+_WHERE = {
+    "DeadLossError": "keepsight.pre",
+    "Handle": "keepsight.pre",
+    "PReConfig": "keepsight.pre",
+    "PReTrainerMixin": "keepsight.training.trainer",
+    "attach": "keepsight.pre",
+    "handle_of": "keepsight.pre",
+    "param_groups": "keepsight.pre",
+}
+__all__ = [  # noqa: RUF022 - in the order in which a user meets them
+    "attach",
+    "PReConfig",
+    "Handle",
+    "handle_of",
+    "param_groups",
+    "PReTrainerMixin",
+    "DeadLossError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'keepsight' has no attribute {name!r}")
