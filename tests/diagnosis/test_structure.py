@@ -99,7 +99,7 @@ def test_leaving_tokens_and_channels_out_equals_deleting_them():
 
 
 def test_objects_without_pairs_are_undefined_and_left_out_of_the_image():
-    tokens, members = random_case(7, n=10)
+    tokens, _ = random_case(7, n=10)
     one = torch.zeros(10, dtype=torch.bool)
     one[0] = True
     everything = torch.ones(10, dtype=torch.bool)

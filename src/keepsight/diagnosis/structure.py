@@ -29,7 +29,7 @@ def membership(coverage: Tensor, threshold: float = 0.5) -> Tensor:
     Raises:
         ValueError: coverage is not a matrix of shares in [0, 1].
     """
-    if coverage.ndim != 2 or (coverage.numel() and not (-1e-6 <= coverage.min() and coverage.max() <= 1 + 1e-6)):
+    if coverage.ndim != 2 or (coverage.numel() and not (coverage.min() >= -1e-6 and coverage.max() <= 1 + 1e-6)):
         raise ValueError(
             f"coverage must be a [K, N] matrix of area shares in [0, 1]; got shape {tuple(coverage.shape)}"
             + (f" with values in [{coverage.min():.3g}, {coverage.max():.3g}]" if coverage.numel() else "")

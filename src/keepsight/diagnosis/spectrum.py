@@ -1,0 +1,209 @@
+"""Spectrum: over how many directions do the visual tokens of a layer spread, and how correlated are its channels?
+
+The claim is the paper's (in the middle layers the effective dimension peaks and feature correlation is lowest); the
+definitions are ours, see docs/metrics.md. Covariances are summed in a stream: float32 products of a chunk of shifted
+tokens, float64 sums. The sums are kept for a few groups of images, so that a delete-one-group jackknife
+gives intervals whose clusters are images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+GROUPS = 10  # jackknife groups of images
+SHARES = (0.90, 0.95, 0.99)
+CHUNK = 1024  # tokens a float32 product may sum over
+DEAD = 1e-12  # a channel with less than this share of the mean channel variance counts as constant
+
+
+class CovarianceSums:
+    """Streaming sums of tokens and of their products, one set for each of G groups of images.
+
+    Args:
+        width: d.
+        groups: G.
+        shift: [d], a value near the mean; it is taken off before the float32 products, which would otherwise lose
+            the variance beside a large common direction.
+    """
+
+    def __init__(self, width: int, groups: int = GROUPS, shift: Tensor | None = None, device: str = "cpu") -> None:
+        self.shift = torch.zeros(width, device=device) if shift is None else shift.float().to(device)
+        self.count = torch.zeros(groups, dtype=torch.float64, device=device)
+        self.first = torch.zeros(groups, width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(groups, width, width, dtype=torch.float64, device=device)
+
+    def update(self, tokens: Tensor, group: int) -> None:
+        """Add the tokens [t, d] of one group of images."""
+        for start in range(0, tokens.shape[0], CHUNK):
+            z = tokens[start : start + CHUNK].float() - self.shift
+            self.second[group].add_(z.T @ z)
+            self.first[group].add_(z.sum(dim=0))
+            self.count[group] += z.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Tokens seen."""
+        return int(self.count.sum())
+
+    def total(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, sum of tokens [d] and sum of products [d, d] over all groups."""
+        return self.count.sum(), self.first.sum(dim=0), self.second.sum(dim=0)
+
+    def group(self, g: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of one group."""
+        return self.count[g], self.first[g], self.second[g]
+
+
+def covariance_of(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """[d, d] float64 population covariance from sums."""
+    mean = first / count
+    return second / count - mean[:, None] * mean[None, :]
+
+
+def channel_norms(sums: CovarianceSums) -> Tensor:
+    """[d] float64, root mean square of each channel, its mean included."""
+    count, first, second = sums.total()
+    mean, shift = first / count, sums.shift.double()
+    return (second.diagonal() / count + 2 * shift * mean + shift * shift).clamp(min=0).sqrt()
+
+
+def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Pearson correlation of the channels that vary: ([c, c], live [d] bool)."""
+    variance = covariance.diagonal()
+    live = variance > DEAD * variance.mean()
+    deviation = variance[live].sqrt()
+    return covariance[live][:, live] / (deviation[:, None] * deviation[None, :]), live
+
+
+def participation_ratio(matrix: Tensor) -> float:
+    """(Σλ)² / Σλ² of a symmetric matrix, from its trace and its norm alone: 1 … d."""
+    return float(matrix.trace() ** 2 / (matrix * matrix).sum())
+
+
+def entropy_rank(eigenvalues: Tensor) -> float:
+    """exp of the entropy of λ / Σλ: 1 … d."""
+    share = eigenvalues.clamp(min=0) / eigenvalues.clamp(min=0).sum()
+    return math.exp(float(torch.special.entr(share).sum()))
+
+
+def components(eigenvalues: Tensor, share: float, fractional: bool = False) -> float:
+    """Principal components that hold `share` of the variance; `fractional` interpolates inside the last one."""
+    ordered = eigenvalues.clamp(min=0).sort(descending=True).values
+    cumulative = ordered.cumsum(dim=0) / ordered.sum()
+    # A spectrum that reaches the share exactly must not need one more component for a rounding error.
+    whole = int((cumulative < share - 1e-9).sum())
+    if not fractional:
+        return float(whole + 1)
+    before = float(cumulative[whole - 1]) if whole else 0.0
+    return whole + (share - before) / max(float(cumulative[whole]) - before, 1e-300)
+
+
+def feature_correlation(matrix: Tensor) -> float:
+    """Mean |off-diagonal| of a correlation matrix [c, c]."""
+    c = matrix.shape[0]
+    return float((matrix.abs().sum() - matrix.diagonal().abs().sum()) / (c * (c - 1)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval (None where it cannot be had)."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+def jackknife(value: float, without: list[float], sizes: list[float], log: bool) -> tuple[float, float] | None:
+    """95 % interval by the delete-one-group jackknife for groups of unequal size, Student's t with G − 1.
+
+    Args:
+        without: the statistic with each group left out; sizes: the groups' sizes (n_g of n = Σ n_g).
+        log: on the log scale, for quantities above zero whose error grows with their size.
+    """
+    if len(without) < 2:
+        return None
+    scale = math.log if log else float
+    centre, n, groups = scale(value), sum(sizes), len(sizes)
+    pseudo = [(n / m) * centre - (n / m - 1) * scale(other) for other, m in zip(without, sizes, strict=True)]
+    mean = sum(pseudo) / groups
+    variance = sum((p - mean) ** 2 / (n / m - 1) for p, m in zip(pseudo, sizes, strict=True)) / groups
+    half = student.ppf(0.975, groups - 1) * math.sqrt(variance)
+    if log:
+        return value * math.exp(-half), value * math.exp(half)
+    return value - half, value + half
+
+
+def spectrum(sums: CovarianceSums) -> dict[tuple[str, str], Estimate]:
+    """All second-order numbers of one layer: {(metric, variant): estimate}.
+
+    Metrics participation_ratio, entropy_rank, components_90/95/99 on variants "covariance" and "correlation", and
+    feature_correlation (variant ""). Jackknife values of the participation ratio and of the feature correlation are
+    exact; those of the eigenvalue metrics use the first-order eigenvalues v_iᵀ C v_i, v_i the eigenvectors of the
+    full matrix, so that one decomposition serves all groups.
+    """
+    names = ["participation_ratio", "entropy_rank", *(f"components_{round(100 * s)}" for s in SHARES)]
+    total = sums.total()
+    covariance = covariance_of(*total) if sums.n >= 2 else None
+    if covariance is None or float(covariance.trace()) <= 0:
+        why = f"{sums.n} tokens" if sums.n < 2 else "the tokens of this layer do not vary"
+        missing = Estimate(None, note=why)
+        return {
+            **{(name, variant): missing for variant in ("covariance", "correlation") for name in names},
+            ("feature_correlation", ""): missing,
+        }
+    pearson, live = correlation(covariance)
+    dead = int((~live).sum())
+    note = f"{dead} constant channels left out" if dead else ""
+    present = [g for g in range(sums.count.shape[0]) if 0 < sums.count[g] < sums.n - 1]
+    sizes = [float(sums.count[g]) for g in present]
+
+    full = {"covariance": covariance, "correlation": pearson}
+    basis = {variant: torch.linalg.eigh(matrix) for variant, matrix in full.items()}
+    without: dict[tuple[str, str], list[float]] = {}
+    for g in present:
+        part = covariance_of(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
+        deviation = part.diagonal()[live].clamp(min=0).sqrt().clamp(min=1e-150)
+        parts = {"covariance": part, "correlation": part[live][:, live] / (deviation[:, None] * deviation[None, :])}
+        for variant, matrix in parts.items():
+            vectors = basis[variant].eigenvectors.float()
+            eigenvalues = ((matrix.float() @ vectors) * vectors).sum(dim=0).double()
+            values = [participation_ratio(matrix), entropy_rank(eigenvalues)]
+            values += [components(eigenvalues, share, fractional=True) for share in SHARES]
+            for name, value in zip(names, values, strict=True):
+                without.setdefault((name, variant), []).append(value)
+        if pearson.shape[0] > 1:
+            without.setdefault(("feature_correlation", ""), []).append(feature_correlation(parts["correlation"]))
+
+    found: dict[tuple[str, str], Estimate] = {}
+    for variant, matrix in full.items():
+        eigenvalues = basis[variant].eigenvalues
+        values = [participation_ratio(matrix), entropy_rank(eigenvalues)]
+        for name, value in zip(names[:2], values, strict=True):
+            found[name, variant] = _with_interval(value, value, without.get((name, variant), []), sizes, True, note)
+        for name, share in zip(names[2:], SHARES, strict=True):
+            smooth = components(eigenvalues, share, fractional=True)
+            value = components(eigenvalues, share)
+            found[name, variant] = _with_interval(value, smooth, without.get((name, variant), []), sizes, True, note)
+    if pearson.shape[0] > 1:
+        value = feature_correlation(pearson)
+        others = without.get(("feature_correlation", ""), [])
+        found["feature_correlation", ""] = _with_interval(value, value, others, sizes, False, note)
+    else:
+        found["feature_correlation", ""] = Estimate(None, note="fewer than two channels vary")
+    return found
+
+
+def _with_interval(
+    value: float, smooth: float, without: list[float], sizes: list[float], log: bool, note: str
+) -> Estimate:
+    """`smooth` is the statistic that the jackknife values are of; its interval is moved to `value`."""
+    interval = jackknife(smooth, without, sizes, log)
+    if interval is None:
+        return Estimate(value, note="; ".join(filter(None, [note, "no interval: one group of images"])))
+    return Estimate(value, interval[0] + value - smooth, interval[1] + value - smooth, note)
