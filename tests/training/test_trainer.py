@@ -1,0 +1,224 @@
+"""The mixin in HF `Trainer`: exact normalisation, clipping, logging, proof of life."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import keepsight
+from tests.tiny import IMAGE, llava_clip_llama, pixels
+
+PICTURE = [IMAGE] * 16
+
+
+def samples() -> list[dict[str, Any]]:
+    """Eight: one with two pictures, one with none, answers of unequal length."""
+    rows = [
+        ([1, *PICTURE, 5, *PICTURE, 6, 7], 2),
+        ([1, 20, 21, 22], 0),
+        *[([1, *PICTURE, *range(30, 33 + i)], 1) for i in range(6)],
+    ]
+    return [
+        {"ids": ids, "pixel_values": pixels(n, 3, 16, 16, seed=i) if n else None} for i, (ids, n) in enumerate(rows)
+    ]
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    length = max(len(row["ids"]) for row in rows)
+    ids = torch.tensor([row["ids"] + [0] * (length - len(row["ids"])) for row in rows])
+    attention = torch.tensor([[1] * len(row["ids"]) + [0] * (length - len(row["ids"])) for row in rows])
+    labels = ids.masked_fill((ids == IMAGE) | (attention == 0), -100)
+    batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
+    pictures = [row["pixel_values"] for row in rows if row["pixel_values"] is not None]
+    return {**batch, "pixel_values": torch.cat(pictures)} if pictures else batch
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class PReTrainer(keepsight.PReTrainerMixin, InOrder):
+    pass
+
+
+class Gradients(TrainerCallback):
+    """Gradients of every step, before the optimizer uses them."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def train(
+    model: Any,
+    path: Any,
+    data: list[dict[str, Any]],
+    cls: type[Trainer] = PReTrainer,
+    *,
+    batch: int,
+    accumulate: int = 1,
+    **arguments: Any,
+) -> tuple[Any, Gradients]:
+    gradients = Gradients()
+    settings = {
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        **arguments,
+    }
+    trainer = cls(
+        model=model,
+        args=TrainingArguments(
+            str(path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **settings
+        ),
+        train_dataset=data,
+        data_collator=collate,
+        callbacks=[gradients],
+    )
+    trainer.train()
+    return trainer, gradients
+
+
+def attached(**config: Any) -> Any:
+    model, _ = llava_clip_llama()
+    keepsight.attach(model, keepsight.PReConfig(**config))
+    return model
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 8), (4, 2), (2, 4)])
+def test_accumulated_micro_batches_train_like_one_batch(tmp_path, batch, accumulate):
+    model = attached()
+    twin = copy.deepcopy(model)
+    whole, one = train(model, tmp_path / "one", samples(), batch=8)
+    parts, many = train(twin, tmp_path / "many", samples(), batch=batch, accumulate=accumulate)
+    assert len(one.steps) == len(many.steps) == 1
+    assert one.steps[0].keys() == many.steps[0].keys()
+    assert any("keepsight_head" in name for name in one.steps[0])
+    for name, gradient in one.steps[0].items():
+        assert torch.allclose(gradient, many.steps[0][name], atol=2e-6), name
+    expected, got = whole.state.log_history[0], parts.state.log_history[0]
+    for key in ("loss", "lm_loss", "pre_loss", "pre_cosine", "pre_images", "pre_tokens", "pre_skipped"):
+        assert got[key] == pytest.approx(expected[key], abs=2e-5), key
+    assert (got["pre_images"], got["pre_tokens"], got["pre_skipped"]) == (8, 128, 1)
+    assert got["loss"] == pytest.approx(got["lm_loss"] + 0.5 * got["pre_loss"], abs=2e-4)  # `loss` is rounded
+
+
+def test_the_last_partial_accumulation_is_a_mean_over_its_own_pictures(tmp_path):
+    data = samples()[:7]  # 8 + 7: the second step of an epoch of 4 + 3
+    model = attached()
+    twin = copy.deepcopy(model)
+    _, one = train(model, tmp_path / "one", data, batch=4, max_steps=2, learning_rate=0.0)
+    _, many = train(twin, tmp_path / "many", data, batch=1, accumulate=4, max_steps=2, learning_rate=0.0)
+    assert len(one.steps) == len(many.steps) == 2
+    for first, second in zip(one.steps, many.steps, strict=True):
+        for name, gradient in first.items():
+            assert torch.allclose(gradient, second[name], atol=2e-6), name
+
+
+def test_gradient_is_that_of_the_formula_written_by_hand(tmp_path):
+    model = attached()
+    twin = copy.deepcopy(model)
+    _, got = train(model, tmp_path, samples(), batch=2, accumulate=4)
+    handle = keepsight.handle_of(twin)
+    twin.train()
+    out = twin(**collate(samples()))
+    (out.loss + handle.loss).backward()
+    for name, parameter in twin.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(got.steps[0][name], parameter.grad, atol=2e-6), name
+
+
+@pytest.mark.parametrize("config", [{"weight": 0.0}, {"weight": 0.0, "observe": True}], ids=["weight=0", "observe"])
+def test_baseline_is_the_bare_trainer_bit_for_bit_under_clipping(tmp_path, config):
+    bare, _ = llava_clip_llama()
+    model = copy.deepcopy(bare)
+    keepsight.attach(model, keepsight.PReConfig(**config))
+    run = {"batch": 2, "accumulate": 2, "max_steps": 10, "max_grad_norm": 0.05}
+    trained, _ = train(bare, tmp_path / "bare", samples(), InOrder, **run)
+    observed, _ = train(model, tmp_path / "pre", samples(), **run)
+    expected = dict(bare.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "keepsight_head" not in name:
+            assert torch.equal(parameter, expected[name]), name
+    losses = [row["loss"] for row in trained.state.log_history if "loss" in row]
+    assert [row["lm_loss"] for row in observed.state.log_history if "loss" in row] == pytest.approx(losses, abs=1e-4)
+    assert all(row["grad_norm"] > 0.05 for row in trained.state.log_history if "grad_norm" in row)  # clipping did bite
+
+
+def test_clipping_with_pre_leaves_the_head_out_of_the_models_norm(tmp_path):
+    model = attached(weight=0.5)
+    twin = copy.deepcopy(model)
+    _, free = train(model, tmp_path / "free", samples(), batch=8)
+    _, clipped = train(twin, tmp_path / "clipped", samples(), batch=8, max_grad_norm=0.01)
+    for part in (False, True):  # the model's gradients, then the head's: each scaled to a norm of 0.01
+        names = [name for name in free.steps[0] if ("keepsight_head" in name) is part]
+        norm = torch.stack([free.steps[0][name].norm() for name in names]).norm()
+        assert norm > 0.01
+        for name in names:
+            assert torch.allclose(clipped.steps[0][name], free.steps[0][name] * (0.01 / norm), rtol=1e-3, atol=1e-8)
+
+
+def test_head_learning_rate_is_its_own_group(tmp_path):
+    model = attached(head_lr=0.02)
+    trainer, _ = train(model, tmp_path, samples(), batch=8, weight_decay=0.1)
+    head = {id(p) for p in keepsight.handle_of(model).parameters()}
+    groups = [group for group in trainer.optimizer.param_groups if any(id(p) in head for p in group["params"])]
+    assert len(groups) == 1
+    assert {id(p) for p in groups[0]["params"]} == head
+    assert groups[0]["lr"] == 0.02
+    others = [group["lr"] for group in trainer.optimizer.param_groups if group is not groups[0]]
+    assert set(others) == {1e-3}
+    every = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(every) == len(set(every)) == len(list(model.parameters()))
+
+
+def test_a_dead_loss_stops_the_run_at_the_first_step(tmp_path):
+    model = attached()
+    keepsight.handle_of(model).head.requires_grad_(False)
+    with pytest.raises(keepsight.DeadLossError, match="head is frozen"):
+        train(model, tmp_path, samples(), batch=8)
+
+
+def test_a_run_without_any_picture_stops_at_the_end(tmp_path):
+    text = [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(8)]
+    with pytest.raises(keepsight.DeadLossError, match="not one batch held a picture"):
+        train(attached(), tmp_path, text, batch=4, max_steps=2)
+
+
+def test_text_only_steps_before_the_first_picture_do_not_stop_it(tmp_path):
+    text = [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(4)]
+    trainer, _ = train(attached(), tmp_path, [*text, *samples()], batch=4, max_steps=3)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert "pre_cosine" not in rows[0]
+    assert rows[0]["pre_skipped"] == 4
+    assert -1 <= rows[1]["pre_cosine"] <= 1
+    assert "pre_margin" in rows[1]
+
+
+def test_a_trainer_without_attach_is_an_error(tmp_path):
+    model, _ = llava_clip_llama()
+    with pytest.raises(ValueError, match=r"call keepsight.attach\(model"):
+        train(model, tmp_path, samples(), batch=8)
+
+
+def test_evaluation_is_untouched(tmp_path):
+    model = attached()
+    trainer, _ = train(model, tmp_path, samples(), batch=8)
+    with_head = trainer.evaluate(samples())["eval_loss"]
+    keepsight.handle_of(model).detach()
+    model.eval()
+    plain = InOrder(model=model, args=trainer.args, data_collator=collate)
+    assert plain.evaluate(samples())["eval_loss"] == with_head
