@@ -1,0 +1,153 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const SYMBOLS = ["circle", "diamond", "square"];
+  const DASHES = ["solid", "solid", "dot", "dash", "dashdot", "longdash"];
+  const COLOURS = 6;
+
+  // Plotly reads a little HTML in its texts; what comes from a run is to be shown as it is.
+  const plain = (text) => String(text).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const transparent = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+
+  // Straight pieces between known values: a band must not bridge a layer without one.
+  function pieces(line) {
+    const found = [[]];
+    line.y.forEach((value, i) => (value === null ? found.push([]) : found[found.length - 1].push(i)));
+    return found.filter((piece) => piece.length);
+  }
+
+  function traces(view, scale) {
+    const times = (values) => values.map((value) => (value === null ? null : value * scale));
+    const drawn = [];
+    for (const line of view.lines) {
+      const run = data.runs[line.run];
+      const ink = colour("--c" + (line.run % COLOURS));
+      const name = plain(run.label);
+      if (line.role === "chance") {
+        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: colour("--faint"), width: 1, dash: "dash" }, hoverinfo: "skip", showlegend: false });
+        continue;
+      }
+      if (line.role === "control") {
+        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, 0.6), width: 1, dash: "dot" }, customdata: line.text.map(plain), hovertemplate: "shuffled labels  %{customdata}<extra></extra>" });
+        continue;
+      }
+      for (const piece of pieces(line)) {
+        const at = piece.map((i) => line.x[i]);
+        const up = piece.map((i) => line.high[i] * scale);
+        const down = piece.map((i) => line.low[i] * scale);
+        drawn.push({ x: [...at, ...at.slice().reverse()], y: [...up, ...down.reverse()], fill: "toself", fillcolor: transparent(ink, 0.15), line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
+      }
+      drawn.push({
+        x: line.x, y: times(line.y), mode: "lines+markers", connectgaps: false, customdata: line.text.map(plain),
+        line: { color: ink, width: 2, dash: DASHES[line.run % DASHES.length] },
+        marker: { color: ink, size: line.x.length > 20 ? 4 : 6.5, symbol: SYMBOLS[line.run % SYMBOLS.length] },
+        hovertemplate: "<b>" + name.replace(/%/g, "&#37;") + "</b>  %{customdata}<extra></extra>",
+      });
+    }
+    return drawn;
+  }
+
+  function extent(panels) {
+    let low = Infinity, high = -Infinity;
+    for (const panel of panels) for (const view of panel.views) for (const line of view.lines) for (const values of [line.y, line.low || [], line.high || []]) for (const value of values) {
+      if (value !== null) { low = Math.min(low, value); high = Math.max(high, value); }
+    }
+    const room = 0.06 * (high - low || 1);
+    return [low - room, high + room];
+  }
+  const sharedPanels = Object.values(data.panels).filter((panel) => panel.shared);
+  const sharedRange = sharedPanels.length ? extent(sharedPanels) : null;
+
+  function layout(panel, view, scale) {
+    const depth = Math.max(...data.runs.map((run) => run.depth), 1);
+    const step = [1, 2, 4, 5, 10, 20].find((size) => depth / size <= 9) || 40;
+    const axis = { gridcolor: colour("--grid"), linecolor: colour("--rule"), tickfont: { size: 11, color: colour("--soft") }, zeroline: false, fixedrange: true };
+    const shapes = [], annotations = [];
+    const marks = [...new Set(data.runs.map((run) => run.preLayer).filter((layer) => layer !== null))];
+    for (const layer of marks) {
+      const number = data.runs.findIndex((run) => run.preLayer === layer);
+      const ink = colour("--c" + (number % COLOURS));
+      shapes.push({ type: "line", x0: layer, x1: layer, yref: "paper", y0: 0, y1: 1, line: { color: ink, width: 1, dash: "dot" }, layer: "below" });
+      annotations.push({ x: layer, yref: "paper", y: 1, yanchor: "bottom", text: "PRe", showarrow: false, font: { size: 11, color: ink } });
+    }
+    const chance = view.lines.find((line) => line.role === "chance");
+    if (chance) annotations.push({ x: depth, xanchor: "right", y: chance.y[0] * scale, yanchor: "bottom", text: "chance", showarrow: false, font: { size: 11, color: colour("--faint") } });
+    const range = panel.shared && sharedRange ? sharedRange.map((value) => value * scale) : undefined;
+    return {
+      margin: { l: 46, r: 12, t: 18, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, shapes, annotations,
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--ink") }, hovermode: "x unified", dragmode: false,
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { size: 12, color: colour("--ink") } },
+      xaxis: { ...axis, range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: "layer", font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: "layer %{x}" } },
+      yaxis: { ...axis, range, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
+    };
+  }
+
+  const chosen = (section, what) => section.querySelector(`input[data-select="${what}"]:checked`)?.value;
+
+  function pick(panel, section) {
+    const variant = chosen(section, "variant"), tokens = chosen(section, "tokens");
+    const fits = (view) => 2 * (tokens === undefined || view.tokens === tokens) + (variant === undefined || view.variant === variant);
+    return panel.views.reduce((best, view) => (fits(view) > fits(best) ? view : best));
+  }
+
+  function draw(target) {
+    if (target.offsetParent === null) return; // folded away: drawn when it is opened
+    const panel = data.panels[target.dataset.panel];
+    const section = target.closest("section");
+    const view = pick(panel, section);
+    const scale = panel.percent ? 100 : 1;
+    Plotly.react(target, traces(view, scale), layout(panel, view, scale), { displayModeBar: false, responsive: true });
+    const label = [view.variant, view.tokens === "all" ? "" : view.tokens].filter(Boolean).join(", ");
+    const heading = target.closest("figure").querySelector("h4");
+    let small = heading.querySelector("small");
+    if (label && !small) { small = document.createElement("small"); heading.append(" ", small); }
+    if (small) small.textContent = label;
+  }
+  const drawAll = () => document.querySelectorAll(".plot").forEach(draw);
+
+  const stored = (() => { try { return localStorage.getItem("keepsight-theme"); } catch { return null; } })();
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  let override = stored;
+  const button = document.getElementById("theme");
+  function setTheme(theme) {
+    root.dataset.theme = theme;
+    button.setAttribute("aria-pressed", String(theme === "dark"));
+    button.textContent = theme === "dark" ? "Light" : "Dark";
+    drawAll();
+  }
+  const current = () => override || (prefersDark.matches ? "dark" : "light");
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    override = root.dataset.theme === "dark" ? "light" : "dark";
+    try { localStorage.setItem("keepsight-theme", override); } catch { /* private windows keep nothing */ }
+    setTheme(override);
+  });
+  prefersDark.addEventListener("change", () => setTheme(current()));
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details.more:not([open])")];
+    folded.forEach((details) => (details.open = true));
+    setTheme("light");
+  });
+  addEventListener("afterprint", () => { folded.forEach((details) => (details.open = false)); setTheme(current()); });
+
+  document.querySelectorAll("input[data-select]").forEach((input) => input.addEventListener("change", () => input.closest("section").querySelectorAll(".plot").forEach(draw)));
+  document.querySelectorAll("details.more").forEach((details) => details.addEventListener("toggle", () => details.querySelectorAll(".plot").forEach(draw)));
+  document.querySelectorAll("button[data-svg]").forEach((save) => save.addEventListener("click", () => {
+    const target = document.querySelector(`.plot[data-panel="${save.dataset.svg}"]`);
+    Plotly.downloadImage(target, { format: "svg", filename: save.dataset.svg, width: target.clientWidth, height: target.clientHeight });
+  }));
+  const outlines = document.getElementById("outlines");
+  outlines?.addEventListener("change", () => document.getElementById("pictures").classList.toggle("bare", !outlines.checked));
+  const copy = document.getElementById("copy");
+  if (navigator.clipboard) {
+    copy.hidden = false;
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(document.getElementById("quote").textContent);
+      copy.textContent = "Copied";
+    });
+  }
+  setTheme(current());
+})();

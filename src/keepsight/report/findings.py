@@ -1,0 +1,122 @@
+"""The few numbers that decide: what a run lost by its middle layer, or how two runs differ there."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from keepsight.report.curves import Run, Series, target_groups, targets_of
+from keepsight.report.metrics import write_difference
+from keepsight.results import Measurement
+
+Rows = tuple[Measurement | None, Measurement | None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number with an interval that either contains zero or does not."""
+
+    metric: str  # "probe_drop", "probe_accuracy", "gap" or "answer_accuracy"
+    label: str  # what it is of: a target, "gap", "answers"
+    value: float | None
+    low: float | None
+    high: float | None
+    group: str = ""  # "asked", "never asked" or not declared
+    before: Measurement | None = None
+    after: Measurement | None = None
+    caveat: str = ""  # said with it: what changes without sinks, or why there is no value
+
+    @property
+    def told(self) -> bool:
+        """Whether the 95 % interval leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def text(self) -> str:
+        """The number in words."""
+        if self.value is None:
+            return self.caveat
+        if self.metric == "probe_drop":
+            text = write_difference("probe_accuracy", self.value, self.low, self.high)
+            return text.replace("points", "%")
+        return write_difference(self.metric, self.value, self.low, self.high)
+
+
+def difference(before: Measurement, after: Measurement) -> tuple[float, float | None, float | None] | None:
+    """after − before with a 95 % interval from the two intervals by the square-and-add rule (Zou and Donner 2008).
+
+    It treats the two as independent; measured on the same images they rarely are, and the interval is then wider
+    than it need be. None where a value is missing; an interval of None where one of the two has none.
+    """
+    if before.value is None or after.value is None:
+        return None
+    value = after.value - before.value
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return value, None, None
+    below = math.hypot(after.value - after.low, before.high - before.value)
+    above = math.hypot(after.high - after.value, before.value - before.low)
+    return value, value - below, value + above
+
+
+def within(run: Run) -> list[Finding]:
+    """How one run changes from layer 0 to its middle layer: each probe (minus its drop) and the gap."""
+    groups = target_groups([run])
+    found = []
+    for target in targets_of([run], "probe_drop"):
+        series = run.headline("probe_drop", target)
+        row = series and (run.at(series, run.middle) or run.at(series, None))
+        if row:
+            label, group = target or "class", groups.get(target, "")
+            value, low, high = (None if end is None else -end for end in (row.value, row.high, row.low))
+            found.append(Finding("probe_drop", label, value, low, high, group, after=row, caveat=row.note))
+    return _by_group(found) + _gap(lambda series: (run.at(series, 0), run.at(series, run.middle)), run)
+
+
+def between(base: Run, other: Run) -> list[Finding]:
+    """How `other` differs from `base`, each at its own middle layer: probes, gap, and answers."""
+    groups = target_groups([base, other])
+    found = []
+    for target in targets_of([base], "probe_accuracy"):
+        series = base.headline("probe_accuracy", target)
+        if series and (pair := _pair(base.at(series, base.middle), other.at(series, other.middle))):
+            found.append(_compared("probe_accuracy", target or "class", pair, groups.get(target, "")))
+    found = _by_group(found)
+    found += _gap(lambda series: (base.at(series, base.middle), other.at(series, other.middle)), base)
+    answers = Series("answer_accuracy")
+    if pair := _pair(base.at(answers, None), other.at(answers, None)):
+        found.append(_compared("answer_accuracy", "answers", pair))
+    return found
+
+
+def _by_group(found: list[Finding]) -> list[Finding]:
+    order = {"never asked": 0, "asked": 1}
+    return sorted(found, key=lambda finding: order.get(finding.group, 2))
+
+
+def _pair(before: Measurement | None, after: Measurement | None) -> tuple[Measurement, Measurement] | None:
+    return (before, after) if before and after and difference(before, after) else None
+
+
+def _compared(metric: str, label: str, pair: Sequence[Measurement], group: str = "", caveat: str = "") -> Finding:
+    before, after = pair
+    value, low, high = difference(before, after) or (None, None, None)
+    return Finding(metric, label, value, low, high, group, before, after, caveat)
+
+
+def _gap(rows_at: Callable[[Series], Rows], run: Run) -> list[Finding]:
+    """The change of the gap, and a caveat where leaving the sinks out decides otherwise."""
+    series = run.headline("gap")
+    pair = series and _pair(*rows_at(series))
+    if not series or not pair:
+        return []
+    label = f"{series.variant} gap".strip()
+    finding = _compared("gap", label, pair)
+    without = _pair(*rows_at(series._replace(tokens="without sinks")))
+    if without:
+        other = _compared("gap", label, without)
+        if _direction(other) != _direction(finding):
+            return [_compared("gap", label, pair, caveat=f"without sinks {other.text}")]
+    return [finding]
+
+
+def _direction(finding: Finding) -> int:
+    return int(math.copysign(1, finding.value)) if finding.told and finding.value else 0

@@ -1,0 +1,155 @@
+"""What each metric is called, how its numbers are written, and which figures it belongs to."""
+
+from dataclasses import dataclass
+
+from keepsight.results import Measurement
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to show one metric."""
+
+    title: str
+    help: str = ""  # one sentence: how to read it
+    percent: bool = False  # a share: shown in %, its differences in points
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of figures. `more` are folded away under `more_title`."""
+
+    id: str
+    title: str
+    short: str  # in the navigation
+    lead: str
+    metrics: tuple[str, ...]
+    more: tuple[str, ...] = ()
+    more_title: str = ""
+
+
+METRICS = {
+    "probe_accuracy": Metric("Probe accuracy", percent=True),
+    "probe_chance": Metric("Chance", percent=True),
+    "probe_drop": Metric(
+        "Probe drop", "Share of the accuracy above chance that layer 0 had and this layer has not", percent=True
+    ),
+    "probe_worst_layer": Metric("Worst layer for the probe", "Chosen on validation, scored on test", digits=0),
+    "cohesion": Metric("Cohesion", "Mean cosine between patches of one object"),
+    "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
+    "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),
+    "contrast": Metric("Contrast", "Cohesion ÷ coupling over the data set", digits=2),
+    "participation_ratio": Metric(
+        "Participation ratio", "(Σλ)² ÷ Σλ²: how many directions carry the variance", digits=2
+    ),
+    "entropy_rank": Metric("Entropy rank", "exp of the spectrum's entropy; counts weak directions too", digits=1),
+    "components_90": Metric("Components for 90 %", "Principal components for 90 % of the variance", digits=0),
+    "components_95": Metric("Components for 95 %", "Principal components for 95 % of the variance", digits=0),
+    "components_99": Metric("Components for 99 %", "Principal components for 99 % of the variance", digits=0),
+    "feature_correlation": Metric("Feature correlation", "Mean |Pearson r| between channels"),
+    "token_homogeneity": Metric("Token homogeneity", "Mean cosine between the tokens of one image"),
+    "token_norm": Metric("Token norm", "Norm of a visual token", digits=2),
+    "sink_tokens": Metric("Sink tokens", "Tokens with a norm above 10 × the layer's median", digits=2),
+    "sink_channels": Metric("Sink channels", "Channels that dominate the norm", digits=2),
+    "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
+    "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
+    "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
+    "pre_margin": Metric("PRe margin", "Cosine over that with another image's anchor at the same position"),
+}
+
+SECTIONS = (
+    Section(
+        "probes",
+        "What can still be read",
+        "Probes",
+        "Accuracy of a linear probe on the mean of an image's visual tokens, on a test split scored once. What "
+        "questions never ask about has no reason to stay; what they ask about often gets easier to read on the "
+        "way up.",
+        ("probe_accuracy",),
+    ),
+    Section(
+        "structure",
+        "Do objects stay apart",
+        "Structure",
+        "Cosines between patches, split by the masks. When coupling rises faster than cohesion, patches bleed "
+        "into one another and the gap closes.",
+        ("gap", "cohesion", "coupling", "contrast"),
+    ),
+    Section(
+        "spectrum",
+        "How many directions are in use",
+        "Spectrum",
+        "The covariance of the visual tokens, layer by layer. Read it beside the sinks: one token of enormous "
+        "norm pulls every one of these numbers.",
+        ("participation_ratio", "entropy_rank", "feature_correlation", "token_homogeneity"),
+        ("components_90", "components_95", "components_99"),
+        "Components for 90, 95 and 99 % of the variance",
+    ),
+    Section(
+        "sinks",
+        "Norms and sinks",
+        "Sinks",
+        "A few tokens or channels can dominate a layer. Where there are any, compare the figures above with and "
+        "without them.",
+        ("token_norm", "sink_tokens", "sink_channels"),
+    ),
+)
+
+# The variant that a figure opens with and that the table and the verdict use, best first.
+PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
+CONTROL_VARIANTS = ("shuffled labels",)  # drawn as a thin line under the probe's own
+
+ASKED, NEVER_ASKED = "asked", "never asked"
+GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
+
+
+def metric(name: str) -> Metric:
+    """How to show `name`; a metric that is not known keeps its own name."""
+    return METRICS.get(name) or Metric(name.replace("_", " "))
+
+
+def preferred(variants: set[str]) -> str:
+    """The variant to show first."""
+    ranked = [variant for variant in PREFERRED_VARIANTS if variant in variants]
+    return ranked[0] if ranked else min(variants)
+
+
+def write_number(name: str, value: float | None) -> str:
+    """`value` of metric `name` in words: "87.2 %", "0.521", "–" for none."""
+    if value is None:
+        return "–"
+    shown = metric(name)
+    text = f"{100 * value:.1f} %" if shown.percent else f"{value:.{shown.digits}f}"
+    return _typographic(text)
+
+
+def write_interval(name: str, low: float | None, high: float | None) -> str:
+    """The interval of metric `name`, "[84.1, 90.0]", or nothing."""
+    if low is None or high is None:
+        return ""
+    shown = metric(name)
+    scale, digits = (100, 1) if shown.percent else (1, shown.digits)
+    return _typographic(f"[{scale * low:.{digits}f}, {scale * high:.{digits}f}]")
+
+
+def write_difference(name: str, value: float, low: float | None, high: float | None) -> str:
+    """A difference of metric `name` with its interval: "+4.1 points [1.0, 7.2]"."""
+    shown = metric(name)
+    text = f"{100 * value:+.1f} points" if shown.percent else f"{value:+.{shown.digits}f}"
+    interval = write_interval(name, low, high)
+    return f"{_typographic(text)} {interval}" if interval else _typographic(text)
+
+
+def write_sample(row: Measurement) -> str:
+    """The sample behind a row: "n = 400 images, seed 0"."""
+    parts = [] if row.n is None else [f"n = {row.n:,} {row.unit}"]
+    if row.seed is not None:
+        parts.append(f"seed {row.seed}")
+    return ", ".join(parts)
+
+
+def _typographic(text: str) -> str:
+    """A real minus sign, and no "-0.0"."""
+    if text.startswith(("-0", "+0")) and not any(digit in text for digit in "123456789"):
+        text = text[1:]
+    return text.replace("-", "−")

@@ -1,0 +1,110 @@
+"""Indexed runs → the finished page, and the same table as Markdown."""
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from itertools import groupby
+from typing import Any
+
+import jinja2
+import plotly.offline
+from markupsafe import Markup
+
+from keepsight.report.curves import Run
+from keepsight.report.evidence import answer_block, evidence
+from keepsight.report.metrics import SECTIONS, write_interval, write_number, write_sample
+from keepsight.report.panels import draw_section
+from keepsight.report.pictures import show
+from keepsight.report.tables import Line, answers, others, summary
+
+COLOURS = 6  # in report.css; further runs start again from the first
+
+
+def render(runs: Sequence[Run], title: str, verdict: str) -> str:
+    """The page as one string of HTML that needs nothing else."""
+    assets = resources.files("keepsight.report") / "assets"
+    sections = [figures for section in SECTIONS if (figures := draw_section(runs, section))]
+    data = {
+        "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in runs],
+        "panels": {
+            panel.id: {"percent": panel.percent, "shared": panel.shared, "views": panel.views}
+            for section in sections
+            for panel in section.panels
+        },
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["number"] = lambda row: write_number(row.metric, row.value)
+    environment.filters["interval"] = lambda row: write_interval(row.metric, row.low, row.high)
+    environment.filters["sample"] = write_sample
+    template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        verdict=verdict,
+        runs=runs,
+        colours=COLOURS,
+        evidence=evidence(runs),
+        sections=sections,
+        summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
+        answers=answer_block(runs),
+        pictures=_pictures(runs),
+        others=others(runs),
+        facts=[_facts(run) for run in runs],
+        data=data,
+        # The page's own files and Plotly's, never anything that came with a run.
+        style=Markup((assets / "report.css").read_text(encoding="utf-8")),
+        script=Markup((assets / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(plotly.offline.get_plotlyjs()),
+    )
+
+
+def _pictures(runs: Sequence[Run]) -> list[Any]:
+    """Each example once: runs of one comparison mostly hold the same ones."""
+    shown = [show(example) for run in runs for example in run.loaded.examples]
+    return list({(picture.uri, picture.caption): picture for picture in shown}.values())
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What is known of a run, in the order of run.json, as (name, text)."""
+    info = run.loaded.info
+    model = info.get("model") or {}
+    versions = info.get("versions") or {}
+    known = {
+        "model": model.get("name"),
+        "weights": model.get("fingerprint"),
+        "layers × width": " × ".join(str(info[key]) for key in ("depth", "width") if info.get(key) is not None),
+        "PRe at layer": info.get("pre_layer"),
+        "seed": ", ".join(str(seed) for seed in run.loaded.seeds),
+        "prompt": info.get("prompt"),
+        "prompt SHA-256": (info.get("prompt_sha256") or "")[:16],
+        "created": info.get("created"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        **(info.get("counts") or {}),
+    }
+    return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
+
+
+def render_markdown(runs: Sequence[Run], title: str, verdict: str) -> str:
+    """The verdict and the summary table as Markdown."""
+    names = [_plain(run.label) for run in runs]
+    several = len(runs) > 2
+    differences = [f"{name} − {names[0]}" if several else "difference" for name in names[1:]]
+    header = ["measure", "layer", *names, *differences, "n, seed"]
+    rows = [_markdown_row(line) for line in [*summary(runs), *answers(runs)]]
+    lines = [" | ".join(header), " | ".join(["---"] * len(header)), *(" | ".join(row) for row in rows)]
+    table = "\n".join(f"| {line} |" for line in lines)
+    return f"# {_plain(title)}\n\n> {_plain(verdict)}\n\n{table}\n"
+
+
+def _markdown_row(line: Line) -> list[str]:
+    title = f"{line.title} ({line.group})" if line.group else line.title
+    cells = [f"{cell.value} {cell.interval}".strip() for cell in line.values]
+    for cell in line.differences:
+        text = f"{cell.value} {cell.interval}".strip()
+        cells.append(f"**{_plain(text)}**" if cell.told else _plain(text))
+    values = [_plain(text) for text in cells[: len(line.values)]]
+    return [_plain(title), line.place, *values, *cells[len(line.values) :], line.sample]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,212 @@
+"""Rows → the data of the interactive figures: plain dictionaries that report.js draws, and a CSV of each."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import quote
+
+from keepsight.report.curves import Run, Series, target_groups, targets_of
+from keepsight.report.metrics import (
+    ASKED,
+    CONTROL_VARIANTS,
+    GROUP_TITLES,
+    NEVER_ASKED,
+    PREFERRED_VARIANTS,
+    Section,
+    metric,
+    preferred,
+    write_interval,
+    write_number,
+    write_sample,
+)
+from keepsight.results import Measurement
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure. `views` has a set of lines for every (variant, tokens) that the selectors can ask for."""
+
+    id: str
+    title: str
+    help: str
+    percent: bool
+    shared: bool  # whether it shares its vertical range with the other panels of its section
+    views: list[dict[str, Any]]
+    gaps: str  # which layers have no value, and why
+    csv: str  # a data URI
+    sample: str  # n and seed where they are the same at every layer of the opening view
+    numbers: list[dict[str, Any]]  # the opening view as a table: layer and one text a run
+
+
+@dataclass(frozen=True)
+class Group:
+    """Panels under one heading: probes of what was asked, for instance."""
+
+    title: str
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A section with everything it draws, and what its selectors offer."""
+
+    section: Section
+    groups: list[Group]
+    more: list[Panel]
+    variants: list[str]
+    tokens: list[str]
+
+    @property
+    def panels(self) -> list[Panel]:
+        return [panel for group in self.groups for panel in group.panels] + self.more
+
+
+def draw_section(runs: Sequence[Run], section: Section) -> Figures | None:
+    """The figures of a section; None if no run has a curve for it."""
+    targets = target_groups(runs)
+    grouped: dict[str, list[Panel]] = {}
+    for name in section.metrics:
+        for target in _layered_targets(runs, name):
+            grouped.setdefault(targets.get(target, ""), []).append(_panel(runs, section, name, target))
+    if not grouped:
+        return None
+    order = [group for group in (NEVER_ASKED, ASKED) if group in grouped]
+    order += [group for group in grouped if group not in order]
+    groups = [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
+    more = [_panel(runs, section, name, target) for name in section.more for target in _layered_targets(runs, name)]
+    views = [view for panel in [*(p for g in groups for p in g.panels), *more] for view in panel.views]
+    variants = {view["variant"] for view in views if view["variant"]}
+    tokens = dict.fromkeys(view["tokens"] for view in views)
+    ranked = [variant for variant in PREFERRED_VARIANTS if variant in variants]
+    variants_offered = ranked + sorted(variants - set(ranked))
+    return Figures(section, groups, more, variants_offered, sorted(tokens, key=lambda item: item != "all"))
+
+
+def _layered_targets(runs: Sequence[Run], name: str) -> list[str]:
+    """Targets of a metric that have a curve, not only a number of the whole model."""
+    return [
+        target
+        for target in targets_of(runs, name)
+        if any(
+            layer is not None
+            for run in runs
+            for series in run.select(name)
+            if series.target == target
+            for layer in run.curves[series]
+        )
+    ]
+
+
+def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Panel:
+    shown = metric(name)
+    every = list(dict.fromkeys(s for run in runs for s in run.select(name) if s.target == target))
+    controls = [series for series in every if series.variant in CONTROL_VARIANTS]
+    main = [series for series in every if series not in controls] or controls
+    views = []
+    for series in main:
+        lines = [_line(number, run, series, "run") for number, run in enumerate(runs) if series in run.curves]
+        lines += [
+            _line(number, run, control, "control")
+            for control in controls
+            if control.tokens == series.tokens and control != series
+            for number, run in enumerate(runs)
+            if control in run.curves
+        ]
+        if name == "probe_accuracy":
+            lines += _chance(runs, target, series.tokens)
+        views.append({"variant": series.variant, "tokens": series.tokens, "lines": lines})
+    opening = next((run.headline(name, target) for run in runs if run.headline(name, target)), main[0])
+    assert opening is not None
+    return Panel(
+        id="-".join((section.id, name, str(targets_of(runs, name).index(target)))),
+        title=target or shown.title if name == "probe_accuracy" else shown.title,
+        help=shown.help,
+        percent=shown.percent,
+        shared=name == "probe_accuracy",
+        views=sorted(views, key=lambda view: (view["tokens"] != "all", view["variant"] != preferred_of(views))),
+        gaps=_missing(runs, main),
+        csv=_csv(runs, every),
+        sample=_sample(runs, opening),
+        numbers=_numbers(runs, opening),
+    )
+
+
+def preferred_of(views: Sequence[dict[str, Any]]) -> str:
+    """The variant that a panel opens with."""
+    return preferred({view["variant"] for view in views})
+
+
+def _line(number: int, run: Run, series: Series, role: str) -> dict[str, Any]:
+    layers = sorted((layer, row) for layer, row in run.curves[series].items() if layer is not None)
+    rows = [row for _, row in layers]
+    return {
+        "run": number,
+        "role": role,
+        "x": [layer for layer, _ in layers],
+        "y": [row.value for row in rows],
+        "low": [row.low if row.low is not None else row.value for row in rows],
+        "high": [row.high if row.high is not None else row.value for row in rows],
+        "text": [_hover(row) for row in rows],
+    }
+
+
+def _hover(row: Measurement) -> str:
+    parts = (write_number(row.metric, row.value), write_interval(row.metric, row.low, row.high), write_sample(row))
+    return "  ".join(part for part in parts if part)
+
+
+def _chance(runs: Sequence[Run], target: str, tokens: str) -> list[dict[str, Any]]:
+    """A flat line at chance level; one for all runs where they agree."""
+    levels: dict[float, dict[str, Any]] = {}
+    for number, run in enumerate(runs):
+        for series in run.select("probe_chance"):
+            if series.target != target or series.tokens not in ("all", tokens):
+                continue
+            for row in run.curves[series].values():
+                if row.value is not None and row.value not in levels:
+                    ends = {"x": [0, run.depth], "y": [row.value] * 2}
+                    levels[row.value] = {"run": number, "role": "chance", **ends, "text": [_hover(row)] * 2}
+    return list(levels.values())
+
+
+def _missing(runs: Sequence[Run], series: Sequence[Series]) -> str:
+    """ "contrast has no value at layers 3, 4: coupling is near zero" """
+    reasons: dict[str, list[int]] = {}
+    for run in runs:
+        for item in series:
+            for layer, row in run.curves.get(item, {}).items():
+                if layer is not None and row.value is None:
+                    reasons.setdefault(row.note, []).append(layer)
+    return "; ".join(
+        f"no value at layer {', '.join(str(layer) for layer in sorted(set(layers)))}: {reason}"
+        for reason, layers in reasons.items()
+    )
+
+
+def _numbers(runs: Sequence[Run], series: Series) -> list[dict[str, Any]]:
+    layers = sorted({layer for run in runs for layer in run.curves.get(series, {}) if layer is not None})
+    return [
+        {"layer": layer, "cells": [_hover(row) if (row := run.at(series, layer)) else "–" for run in runs]}
+        for layer in layers
+    ]
+
+
+def _sample(runs: Sequence[Run], series: Series) -> str:
+    """ "n = 600 images, seed 0", or nothing where it differs between layers or runs (hovering tells it there)."""
+    samples = {write_sample(row) for run in runs for row in run.curves.get(series, {}).values()}
+    return samples.pop() if len(samples) == 1 else ""
+
+
+def _csv(runs: Sequence[Run], series: Sequence[Series]) -> str:
+    """All rows of a figure as a data URI, so that the page needs no other file."""
+    text = io.StringIO()
+    columns = list(Measurement.__dataclass_fields__)
+    writer = csv.DictWriter(text, ["run", *columns], lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        for item in series:
+            for row in run.curves.get(item, {}).values():
+                writer.writerow({"run": run.label, **asdict(row)})
+    return "data:text/csv;charset=utf-8," + quote(text.getvalue())

@@ -1,0 +1,175 @@
+"""The summary table: every metric at layer 0, the middle and the last layer, run beside run."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from keepsight.report.curves import Run, Series, open_runs, target_groups, targets_of
+from keepsight.report.findings import difference
+from keepsight.report.metrics import (
+    ASKED,
+    NEVER_ASKED,
+    SECTIONS,
+    metric,
+    write_difference,
+    write_interval,
+    write_number,
+    write_sample,
+)
+from keepsight.results import LoadedRun, Measurement, RunDirectory
+
+_SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens")  # for the terminal
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, its interval, and what else is known of it."""
+
+    value: str
+    interval: str = ""
+    note: str = ""
+    told: bool = True  # for differences: the interval leaves zero out
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. `title` is the same for the lines of one metric."""
+
+    title: str
+    place: str  # "0", "4 (middle)", "8 (last)"
+    values: tuple[Cell, ...]  # one a run
+    differences: tuple[Cell, ...]  # one a run after the first
+    sample: str
+    group: str = ""  # "asked", "never asked" or not declared
+
+
+def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
+    """The lines of the table; `full=False` keeps the metrics that a terminal has room for."""
+    wanted = [name for section in SECTIONS for name in section.metrics if full or name in _SHORT]
+    lines = []
+    for name in wanted:
+        for title, group, series in _series(runs, name):
+            lines += _lines(runs, title, group, series)
+    if full:
+        return lines
+    return lines + answers(runs)[:1]
+
+
+def answers(runs: Sequence[Run]) -> list[Line]:
+    """Answer accuracy and the text-only prior, all questions first, then by question type."""
+    lines = []
+    for target in sorted(targets_of(runs, "answer_accuracy"), key=lambda target: target != ""):
+        for name in ("answer_accuracy", "answer_prior"):
+            rows = [run.at(Series(name, target), None) for run in runs]
+            if any(rows):
+                title = f"{metric(name).title}, {target or 'all questions'}"
+                lines.append(_line(title, "", name, rows))
+    return lines
+
+
+def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
+    """(run, what, row) of every row without a layer, and of every metric that no figure shows."""
+    shown = {name for section in SECTIONS for name in (*section.metrics, *section.more)}
+    apart = {"answer_accuracy", "answer_prior", "probe_chance"}
+    found = []
+    for run in runs:
+        for series, curve in run.curves.items():
+            if series.metric in apart:
+                continue
+            parts = (series.target, series.variant, "" if series.tokens == "all" else series.tokens)
+            details = ", ".join(part for part in parts if part)
+            for layer, row in curve.items():
+                if layer is None or series.metric not in shown:
+                    place = "" if layer is None else f", layer {layer}"
+                    name = metric(series.metric).title + (f" ({details})" if details else "") + place
+                    found.append((run.label, name, row))
+    return found
+
+
+def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str = "", full: bool = False) -> Table:
+    """The summary as a table for the terminal, of runs or of the bare rows of one run.
+
+    Args:
+        full: all metrics instead of the headline ones.
+
+    Raises:
+        ValueError: if there is nothing to show, or two rows for the same number.
+    """
+    rows = [item for item in runs if isinstance(item, Measurement)]
+    loaded = [item for item in runs if not isinstance(item, Measurement)]
+    if rows:
+        loaded.insert(0, LoadedRun("value", rows))
+    opened = open_runs(loaded)
+    grid = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", pad_edge=False)
+    grid.add_column("measure")
+    grid.add_column("layer", no_wrap=True)
+    for run in opened:
+        grid.add_column(Text(run.label), justify="right", no_wrap=True)
+    for run in opened[1:]:
+        name = "difference" if len(opened) == 2 else f"{run.label} − {opened[0].label}"
+        grid.add_column(Text(name), justify="right", no_wrap=True)
+    previous = None
+    lines = summary(opened, full=full)
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        cells = [Text(line.title if line.title != previous else "")]
+        if line.group and line.title != previous:
+            cells[0].append(f" {line.group}", style="dim")
+        cells.append(Text(line.place))
+        cells += [_rich(cell) for cell in line.values]
+        cells += [_rich(cell, style="bold" if cell.told else "dim") for cell in line.differences]
+        grid.add_row(*cells, end_section=following is None or following.title != line.title)
+        previous = line.title
+    return grid
+
+
+def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, list[Series]]]:
+    """(title, group, the series of each variant) of a metric: a target each for probes, a variant each else."""
+    groups = target_groups(runs)
+    order = {NEVER_ASKED: 0, ASKED: 1}
+    for target in sorted(targets_of(runs, name), key=lambda target: order.get(groups.get(target, ""), 2)):
+        found = (run.headline(name, target) for run in runs)
+        series = next((item for item in found if item), None)
+        if series is None:
+            continue
+        parts = [target, series.variant] if name == "probe_accuracy" else [series.variant]
+        details = ", ".join(part for part in parts if part)
+        yield metric(name).title + (f", {details}" if details else ""), groups.get(target, ""), [series]
+
+
+def _lines(runs: Sequence[Run], title: str, group: str, series: list[Series]) -> list[Line]:
+    lines = []
+    for which, picked in (("", 0), ("middle", -1), ("last", -2)):
+        layers = [{0: 0, -1: run.middle, -2: run.depth}[picked] for run in runs]
+        rows = [run.at(series[0], layer) for run, layer in zip(runs, layers, strict=True)]
+        if any(rows):
+            place = "/".join(str(layer) for layer in dict.fromkeys(layers))
+            lines.append(_line(title, f"{place} {which}".strip(), series[0].metric, rows, group))
+    return lines
+
+
+def _line(title: str, place: str, name: str, rows: Sequence[Measurement | None], group: str = "") -> Line:
+    values = tuple(
+        Cell(write_number(name, row.value), write_interval(name, row.low, row.high), row.note) if row else Cell("–")
+        for row in rows
+    )
+    samples = dict.fromkeys(write_sample(row) for row in rows if row)
+    first, *rest = rows
+    return Line(title, place, values, tuple(_difference(name, first, row) for row in rest), "; ".join(samples), group)
+
+
+def _difference(name: str, before: Measurement | None, after: Measurement | None) -> Cell:
+    found = difference(before, after) if before and after else None
+    if found is None:
+        return Cell("–", told=False)
+    value, low, high = found
+    told = low is not None and high is not None and (low > 0 or high < 0)
+    return Cell(write_difference(name, value, None, None), write_interval(name, low, high), told=told)
+
+
+def _rich(cell: Cell, style: str = "") -> Text:
+    text = Text(cell.value, style=style)
+    if cell.interval:
+        text.append(f" {cell.interval}", style="dim")
+    return text

@@ -1,0 +1,125 @@
+"""One sentence that says what the numbers show, also when they show nothing."""
+
+from collections.abc import Sequence
+
+from keepsight.report.curves import Run, open_runs
+from keepsight.report.findings import Finding, between, within
+from keepsight.report.metrics import ASKED, NEVER_ASKED, write_number
+from keepsight.results import LoadedRun, RunDirectory
+
+ILLUSTRATION = "one seed: an illustration"
+
+_GROUP_WORDS = {NEVER_ASKED: "what no question asks about", ASKED: "what questions ask about"}
+_LISTED = 4  # numbers in one bracket; the rest are counted
+
+
+def verdict(runs: Sequence[RunDirectory | LoadedRun], *, illustration: bool = False) -> str:
+    """What the numbers show, in one sentence that can be quoted.
+
+    For one run: what linear probes lost from layer 0 to the middle layer, and how the patch gap changed. For
+    several: how each differs from the first at the middle layer. A difference counts as told when its 95 % interval
+    leaves zero out; where none does, the sentence says so. Runs that are compared on one seed each are called an
+    illustration, as is any run when `illustration` is set or its run.json lists one seed.
+
+    Raises:
+        ValueError: if `runs` is empty, or if one holds two rows for the same number.
+    """
+    return sentence(open_runs(runs), illustration=illustration)
+
+
+def sentence(runs: Sequence[Run], *, illustration: bool = False) -> str:
+    """`verdict` for runs that are already indexed."""
+    text = _one(runs[0]) if len(runs) == 1 else "; ".join(_two(runs[0], other) for other in runs[1:])
+    if illustration or _single_seed(runs):
+        return f"{text}; {ILLUSTRATION}"
+    return f"{text}."
+
+
+def _single_seed(runs: Sequence[Run]) -> bool:
+    if len(runs) == 1:  # the model itself is the subject there, and its seed is only that of the probes' split
+        return len(runs[0].loaded.info.get("seeds") or ()) == 1
+    return any(len(run.loaded.seeds) == 1 for run in runs)
+
+
+def _one(run: Run) -> str:
+    found = within(run)
+    valued = [finding for finding in found if finding.value is not None]
+    place = f"by the middle layer ({run.middle} of {run.depth}) of {run.label}"
+    if not valued:
+        reason = found[0].text if found else "its rows hold neither a probe drop nor a patch gap"
+        return f"Nothing can be said {place}: {reason}"
+    told = [finding for finding in valued if finding.told]
+    if not told:
+        return f"No change can be told {place}: every 95 % interval contains zero ({_listed(valued)})"
+    probes = [finding for finding in told if finding.metric == "probe_drop"]
+    parts = []
+    lost = _grouped([finding for finding in probes if (finding.value or 0) < 0])
+    gained = _grouped([finding for finding in probes if (finding.value or 0) > 0])
+    changes = [f"less than at the input {lost}"] if lost else []
+    changes += [f"more {gained}" if lost else f"more than at the input {gained}"] if gained else []
+    if changes:
+        parts.append("linear probes read " + " and ".join(changes))
+    for gap in (finding for finding in told if finding.metric == "gap"):
+        ends = [write_number("gap", row.value) for row in (gap.before, gap.after) if row]
+        verb = "narrows" if (gap.value or 0) < 0 else "widens"
+        parts.append(f"the {gap.label} between patches {verb} from {ends[0]} to {ends[1]}, {_number(gap)}")
+    return f"B{place[1:]}, " + "; ".join(parts + _undecided(valued, "no change"))
+
+
+def _two(base: Run, other: Run) -> str:
+    found = between(base, other)
+    layer = f"the middle layer ({other.middle} of {other.depth})"
+    if not found:
+        return (
+            f"Nothing can be said of {other.label} against {base.label} at {layer}: they share no probe, gap or "
+            "answer rows"
+        )
+    told = [finding for finding in found if finding.told]
+    if not told:
+        return (
+            f"No difference can be told between {other.label} and {base.label} at {layer}: every 95 % interval "
+            f"contains zero ({_listed(found)})"
+        )
+    probes = [finding for finding in told if finding.metric == "probe_accuracy"]
+    parts = []
+    if more := _grouped([finding for finding in probes if (finding.value or 0) > 0]):
+        parts.append(f"more can be read {more}")
+    if less := _grouped([finding for finding in probes if (finding.value or 0) < 0]):
+        parts.append(f"less can be read {less}")
+    for finding in told:
+        up = (finding.value or 0) > 0
+        if finding.metric == "gap":
+            parts.append(f"the {finding.label} between patches is {'wider' if up else 'narrower'}, {_number(finding)}")
+        elif finding.metric == "answer_accuracy":
+            parts.append(f"answers are {'better' if up else 'worse'}, {_number(finding)}")
+    parts += _undecided(found, "no difference")
+    return f"At {layer}, {other.label} against {base.label}: " + "; ".join(parts)
+
+
+def _grouped(found: Sequence[Finding]) -> str:
+    """ "of what no question asks about (texture ...) and of what questions ask about (shape ...)" """
+    groups = list(dict.fromkeys(finding.group for finding in found))
+    texts = []
+    for group in groups:
+        members = _listed([finding for finding in found if finding.group == group])
+        words = _GROUP_WORDS.get(group)
+        texts.append(f"of {words} ({members})" if words else f"({members})")
+    return " and ".join(texts)
+
+
+def _undecided(found: Sequence[Finding], nothing: str) -> list[str]:
+    rest = [finding for finding in found if not finding.told and finding.value is not None]
+    labels = [f"{finding.label} ({finding.caveat})" if finding.caveat else finding.label for finding in rest]
+    names = " and ".join(filter(None, [", ".join(labels[:-1]), *labels[-1:]]))
+    return [f"{nothing} can be told for {names}"] if rest else []
+
+
+def _listed(found: Sequence[Finding]) -> str:
+    texts = [f"{finding.label} {_number(finding)}" for finding in found[:_LISTED]]
+    if len(found) > _LISTED:
+        texts.append(f"{len(found) - _LISTED} more")
+    return ", ".join(texts)
+
+
+def _number(finding: Finding) -> str:
+    return f"{finding.text}, {finding.caveat}" if finding.caveat else finding.text

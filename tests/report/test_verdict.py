@@ -1,0 +1,157 @@
+"""The sentence: what it says when intervals leave zero out, when they do not, and when there is nothing."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from keepsight.report import verdict
+from keepsight.report.findings import difference
+from keepsight.results import LoadedRun, Measurement
+
+TARGETS = {"texture": "never asked", "shape": "asked"}
+
+
+def run(label: str, rows: list[Measurement], **info: Any) -> LoadedRun:
+    return LoadedRun(label, rows, {"depth": 8, "targets": TARGETS, **info})
+
+
+def probe(value: float, half: float, target: str = "texture", layer: int = 4, **fields: Any) -> Measurement:
+    return Measurement(
+        "probe_accuracy", value, layer=layer, low=value - half, high=value + half, target=target, **fields
+    )
+
+
+def gap(value: float, half: float, layer: int = 4, **fields: Any) -> Measurement:
+    return Measurement("gap", value, layer=layer, low=value - half, high=value + half, variant="centred", **fields)
+
+
+def test_difference_adds_the_distances_in_square() -> None:
+    """By hand: 0.8 − 0.5 = 0.3, below √(0.03² + 0.04²) = 0.05, above √(0.12² + 0.05²) = 0.13."""
+    before = Measurement("gap", 0.5, low=0.45, high=0.54)
+    after = Measurement("gap", 0.8, low=0.77, high=0.92)
+    found = difference(before, after)
+    assert found is not None
+    assert found == pytest.approx((0.3, 0.25, 0.43))
+
+
+def test_difference_needs_values_and_intervals() -> None:
+    whole = Measurement("gap", 0.5, low=0.4, high=0.6)
+    assert difference(whole, Measurement("gap", None, note="none")) is None
+    assert difference(whole, Measurement("gap", 0.75)) == (0.25, None, None)
+
+
+def test_two_runs_with_a_difference() -> None:
+    base = run("baseline", [probe(0.80, 0.03), probe(0.50, 0.03, "shape"), gap(0.50, 0.03)])
+    pre = run("PRe", [probe(0.90, 0.04), probe(0.51, 0.04, "shape"), gap(0.40, 0.04)])
+    assert verdict([base, pre]) == (
+        "At the middle layer (4 of 8), PRe against baseline: more can be read of what no question asks about "
+        "(texture +10.0 points [5.0, 15.0]); the centred gap between patches is narrower, "
+        "−0.100 [−0.150, −0.050]; no difference can be told for shape."
+    )
+
+
+def test_two_runs_without_a_difference() -> None:
+    base = run("baseline", [probe(0.80, 0.03), gap(0.50, 0.03)])
+    pre = run("PRe", [probe(0.82, 0.04), gap(0.52, 0.04)])
+    assert verdict([base, pre]) == (
+        "No difference can be told between PRe and baseline at the middle layer (4 of 8): every 95 % interval "
+        "contains zero (texture +2.0 points [−3.0, 7.0], centred gap +0.020 [−0.030, 0.070])."
+    )
+
+
+def test_a_difference_without_intervals_is_not_told() -> None:
+    bare = [dataclasses.replace(probe(value, 0), low=None, high=None) for value in (0.1, 0.9)]
+    text = verdict([run("a", bare[:1]), run("b", bare[1:])])
+    assert text.startswith("No difference can be told between b and a")
+
+
+def test_answers_are_part_of_the_verdict() -> None:
+    def answers(value: float) -> Measurement:
+        return Measurement("answer_accuracy", value, low=value - 0.03, high=value + 0.04, unit="questions")
+
+    text = verdict([run("a", [answers(0.70)]), run("b", [answers(0.60)])])
+    assert text == "At the middle layer (4 of 8), b against a: answers are worse, −10.0 points [−15.0, −5.0]."
+
+
+def test_each_run_is_read_at_its_own_middle() -> None:
+    base = run("deep", [probe(0.8, 0.01, layer=16), probe(0.1, 0.01, layer=4)], depth=32)
+    other = run("flat", [probe(0.9, 0.01, layer=4), probe(0.1, 0.01, layer=16)], depth=8)
+    assert "texture +10.0 points" in verdict([base, other])
+
+
+def test_one_run_that_loses_and_gains() -> None:
+    rows = [
+        Measurement("probe_drop", 0.2, layer=4, low=0.1, high=0.3, target="texture"),
+        Measurement("probe_drop", -0.5, layer=4, low=-0.6, high=-0.4, target="shape"),
+        gap(0.9, 0.03, layer=0),
+        gap(0.5, 0.04),
+    ]
+    assert verdict([run("baseline", rows)]) == (
+        "By the middle layer (4 of 8) of baseline, linear probes read less than at the input of what no question "
+        "asks about (texture −20.0 % [−30.0, −10.0]) and more of what questions ask about (shape +50.0 % "
+        "[40.0, 60.0]); the centred gap between patches narrows from 0.900 to 0.500, −0.400 [−0.450, −0.350]."
+    )
+
+
+def test_one_run_where_nothing_can_be_told() -> None:
+    rows = [Measurement("probe_drop", 0.02, layer=4, low=-0.03, high=0.07, target="texture")]
+    assert verdict([run("baseline", rows)]) == (
+        "No change can be told by the middle layer (4 of 8) of baseline: every 95 % interval contains zero "
+        "(texture −2.0 % [−7.0, 3.0])."
+    )
+
+
+def test_a_drop_that_is_not_defined_says_why() -> None:
+    rows = [Measurement("probe_drop", None, layer=4, target="texture", note="layer 0 is not above chance")]
+    assert verdict([run("x", rows)]) == (
+        "Nothing can be said by the middle layer (4 of 8) of x: layer 0 is not above chance."
+    )
+    assert "hold neither a probe drop nor a patch gap" in verdict([run("x", [])])
+    assert "share no probe, gap or answer rows" in verdict([run("x", []), run("y", [])])
+
+
+def test_sinks_that_decide_otherwise_are_said() -> None:
+    base = [gap(0.50, 0.03), gap(0.50, 0.03, tokens="without sinks")]
+    pre = [gap(0.60, 0.04), gap(0.51, 0.04, tokens="without sinks")]
+    text = verdict([run("a", base), run("b", pre)])
+    assert "is wider, +0.100 [0.050, 0.150], without sinks +0.010 [−0.040, 0.060]" in text
+    text = verdict([run("a", [*base[1:], gap(0.5, 0.03)]), run("b", [pre[0], gap(0.6, 0.04, tokens="without sinks")])])
+    assert "without sinks" not in text  # both decide alike
+
+
+@pytest.mark.parametrize(
+    ("info", "illustration", "ends"),
+    [({"seed": 0}, False, True), ({"seeds": [0, 1, 2]}, False, False), ({}, False, False), ({}, True, True)],
+)
+def test_one_seed_is_called_an_illustration(info: dict[str, Any], illustration: bool, ends: bool) -> None:
+    pair = [run("a", [gap(0.5, 0.01)], **info), run("b", [gap(0.7, 0.01)], **info)]
+    text = verdict(pair, illustration=illustration)
+    assert text.endswith("; one seed: an illustration") is ends
+    assert text.endswith(".") is not ends
+
+
+def test_the_seed_of_a_single_diagnosis_is_no_illustration() -> None:
+    rows = [gap(0.9, 0.03, layer=0), gap(0.5, 0.04)]
+    assert verdict([run("x", rows, seed=0)]).endswith("].")
+    assert verdict([run("x", rows, seeds=[0])]).endswith("one seed: an illustration")
+
+
+def test_several_runs_are_each_compared_with_the_first() -> None:
+    runs = [run(label, [gap(value, 0.01)]) for label, value in (("a", 0.5), ("b", 0.6), ("c", 0.7))]
+    text = verdict(runs)
+    assert "b against a: the centred gap between patches is wider, +0.100" in text
+    assert "c against a: the centred gap between patches is wider, +0.200" in text
+
+
+def test_two_rows_for_one_number_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"run 'a' holds two rows for .*gap.* at layer 4, with seeds 1 and 2"):
+        verdict([run("a", [gap(0.5, 0.1, seed=1), gap(0.6, 0.1, seed=2)])])
+    with pytest.raises(ValueError, match="needs at least one run"):
+        verdict([])
+
+
+def test_a_number_that_rounds_to_zero_has_no_minus() -> None:
+    base = run("a", [probe(0.80001, 0.03)])
+    pre = run("b", [probe(0.80000, 0.04)])
+    assert "texture 0.0 points" in verdict([base, pre])
