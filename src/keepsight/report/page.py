@@ -52,6 +52,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         data=data,
         # The page's own files and Plotly's, never anything that came with a run.
         style=Markup((assets / "report.css").read_text(encoding="utf-8")),
+        theme=Markup((assets / "theme.js").read_text(encoding="utf-8")),
         script=Markup((assets / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
     )
@@ -102,7 +103,7 @@ def _markdown_row(line: Line) -> list[str]:
         text = f"{cell.value} {cell.interval}".strip()
         cells.append(f"**{_plain(text)}**" if cell.told else _plain(text))
     values = [_plain(text) for text in cells[: len(line.values)]]
-    return [_plain(title), line.place, *values, *cells[len(line.values) :], line.sample]
+    return [_plain(title), line.place, *values, *cells[len(line.values) :], _plain(line.sample)]
 
 
 def _plain(text: str) -> str:

@@ -21,6 +21,7 @@ from keepsight.report.metrics import (
 from keepsight.results import LoadedRun, Measurement, RunDirectory
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens")  # for the terminal
+_ALL_VARIANTS = ("gap",)  # the headline of the patch structure: raw and centred side by side
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ class Line:
 def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
     """The lines of the table; `full=False` keeps the metrics that a terminal has room for."""
     wanted = [name for section in SECTIONS for name in section.metrics if full or name in _SHORT]
-    lines = []
-    for name in wanted:
-        for title, group, series in _series(runs, name):
-            lines += _lines(runs, title, group, series)
+    lines = [line for name in wanted for item in _series(runs, name) for line in _lines(runs, *item)]
     if full:
         return lines
     return lines + answers(runs)[:1]
@@ -124,28 +122,31 @@ def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str 
     return grid
 
 
-def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, list[Series]]]:
-    """(title, group, the series of each variant) of a metric: a target each for probes, a variant each else."""
+def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]:
+    """(title, group, series) of every line of a metric: what was never asked first."""
     groups = target_groups(runs)
     order = {NEVER_ASKED: 0, ASKED: 1}
     for target in sorted(targets_of(runs, name), key=lambda target: order.get(groups.get(target, ""), 2)):
-        found = (run.headline(name, target) for run in runs)
-        series = next((item for item in found if item), None)
-        if series is None:
-            continue
-        parts = [target, series.variant] if name == "probe_accuracy" else [series.variant]
-        details = ", ".join(part for part in parts if part)
-        yield metric(name).title + (f", {details}" if details else ""), groups.get(target, ""), [series]
+        chosen = [run.headline(name, target) for run in runs]
+        if name in _ALL_VARIANTS:
+            chosen += [s for run in runs for s in run.select(name) if s.target == target and s.tokens == "all"]
+        for series in dict.fromkeys(item for item in chosen if item):
+            details = ", ".join(part for part in (target, series.variant) if part)
+            yield metric(name).title + (f", {details}" if details else ""), groups.get(target, ""), series
 
 
-def _lines(runs: Sequence[Run], title: str, group: str, series: list[Series]) -> list[Line]:
+def _lines(runs: Sequence[Run], title: str, group: str, series: Series) -> list[Line]:
+    """Layer 0, middle and last; each run is read at its own."""
     lines = []
-    for which, picked in (("", 0), ("middle", -1), ("last", -2)):
-        layers = [{0: 0, -1: run.middle, -2: run.depth}[picked] for run in runs]
-        rows = [run.at(series[0], layer) for run, layer in zip(runs, layers, strict=True)]
+    for name, layers in (
+        ("", [0 for _ in runs]),
+        ("middle", [run.middle for run in runs]),
+        ("last", [run.depth for run in runs]),
+    ):
+        rows = [run.at(series, layer) for run, layer in zip(runs, layers, strict=True)]
         if any(rows):
             place = "/".join(str(layer) for layer in dict.fromkeys(layers))
-            lines.append(_line(title, f"{place} {which}".strip(), series[0].metric, rows, group))
+            lines.append(_line(title, f"{place} {name}".strip(), series.metric, rows, group))
     return lines
 
 

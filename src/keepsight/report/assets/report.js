@@ -107,9 +107,7 @@
   }
   const drawAll = () => document.querySelectorAll(".plot").forEach(draw);
 
-  const stored = (() => { try { return localStorage.getItem("keepsight-theme"); } catch { return null; } })();
-  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-  let override = stored;
+  const { prefersDark, current, choose } = keepsightTheme; // from the script in the head
   const button = document.getElementById("theme");
   function setTheme(theme) {
     root.dataset.theme = theme;
@@ -117,12 +115,10 @@
     button.textContent = theme === "dark" ? "Light" : "Dark";
     drawAll();
   }
-  const current = () => override || (prefersDark.matches ? "dark" : "light");
   button.hidden = false;
   button.addEventListener("click", () => {
-    override = root.dataset.theme === "dark" ? "light" : "dark";
-    try { localStorage.setItem("keepsight-theme", override); } catch { /* private windows keep nothing */ }
-    setTheme(override);
+    choose(root.dataset.theme === "dark" ? "light" : "dark");
+    setTheme(current());
   });
   prefersDark.addEventListener("change", () => setTheme(current()));
   let folded = [];
