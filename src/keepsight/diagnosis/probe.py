@@ -1,0 +1,242 @@
+"""Linear probe: can a linear classifier still read the label from the mean visual token of a layer?
+
+The paper's "global function"; the protocol is ours, see docs/metrics.md. The label is predicted from the mean over the
+visual tokens of an image, standardised by training statistics, by multinomial logistic regression; the L2 strength is
+chosen on a validation split, and the test split is scored once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keepsight.diagnosis.logistic import solve
+from keepsight.results import Measurement
+
+L2_GRID = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # of the mean loss: 1e-4 … 10
+VALIDATION, TEST = 0.2, 0.2
+RESAMPLES = 2000
+MEMORY = 192 << 20  # bytes that the layers solved together may take
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of the training, validation and test images."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def stratified_split(labels: Sequence[str], seed: int) -> Split:
+    """Within each class, shuffled with the seed: 20 % test, 20 % validation, the rest training.
+
+    Every class has a picture in training and in test; classes of two have none in validation.
+
+    Raises:
+        ValueError: a class with one picture, fewer than two classes, or no class of three or more.
+    """
+    counts = Counter(labels)
+    if len(counts) < 2:
+        raise ValueError(f"a probe needs at least two classes; got {sorted(counts)}. Add pictures of other classes")
+    if alone := sorted(name for name, count in counts.items() if count < 2):
+        raise ValueError(
+            f"class {alone[0]!r} has one picture ({len(alone)} such classes); a probe needs at least two of each, one "
+            "to train on and one to test on. Add pictures, or leave the class out"
+        )
+    if max(counts.values()) < 3:
+        raise ValueError(
+            "no class has three pictures, so none can be kept for validation; add pictures to at least one class"
+        )
+    generator = np.random.default_rng(seed)
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    array = np.asarray(labels, dtype=object)
+    for name in sorted(counts):
+        members = generator.permutation(np.flatnonzero(array == name))
+        n_test = max(1, round(TEST * len(members)))
+        n_validation = max(1, round(VALIDATION * len(members))) if len(members) > 2 else 0
+        parts[2].extend(members[:n_test])
+        parts[1].extend(members[n_test : n_test + n_validation])
+        parts[0].extend(members[n_test + n_validation :])
+    train, validation, test = (np.sort(np.asarray(part, dtype=np.int64)) for part in parts)
+    return Split(train, validation, test)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Outcome of one label set over P layers.
+
+    layers: [P]; validation: [P] accuracy at the chosen strength; l2: [P]; correct: bool [P, n_test];
+    shuffled: bool [P, n_test], the same protocol trained on shuffled labels; majority: bool [n_test], whether the most
+    frequent training class is the right answer.
+    """
+
+    layers: list[int]
+    validation: np.ndarray
+    l2: np.ndarray
+    correct: np.ndarray
+    shuffled: np.ndarray
+    majority: np.ndarray
+
+
+def fit_probes(
+    read: Callable[[int], Tensor],
+    layers: Sequence[int],
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    grid: Sequence[float] = L2_GRID,
+) -> Probe:
+    """Probe every layer, as many layers at a time as `MEMORY` allows.
+
+    Args:
+        read: layer → [n, d] features of the n labelled images.
+        labels: [n] class names.
+        seed: of the split and of the shuffled-label control.
+
+    Raises:
+        ValueError: see `stratified_split`.
+    """
+    split = stratified_split(labels, seed)
+    names = sorted(set(labels))
+    y = torch.tensor([names.index(label) for label in labels])
+    # The control: training and validation labels permuted, so that only the label's link to the picture is lost.
+    known = np.concatenate([split.train, split.validation])
+    shuffled = y.clone()
+    shuffled[known] = y[np.random.default_rng([seed, 1]).permutation(known)]
+
+    l2 = torch.tensor(grid, dtype=torch.float32)
+    fits: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {"true": [], "shuffled": []}
+    together, start = None, 0
+    while start < len(layers):
+        first = read(layers[start])
+        if together is None:
+            together = max(1, MEMORY // _bytes_per_layer(len(split.train), first.shape[1], len(names), len(grid)))
+        chunk = [first, *map(read, layers[start + 1 : start + together])]
+        start += len(chunk)
+        z = standardise(torch.stack(chunk), split.train)
+        del chunk, first
+        for kind, target in (("true", y), ("shuffled", shuffled)):
+            fits[kind].append(_fit(z, target, y, split, l2, len(names)))
+    validation, strength, correct = (np.concatenate(part) for part in zip(*fits["true"], strict=True))
+    majority = torch.bincount(y[split.train], minlength=len(names)).argmax()
+    return Probe(
+        layers=list(layers),
+        validation=validation,
+        l2=strength,
+        correct=correct,
+        shuffled=np.concatenate([part[2] for part in fits["shuffled"]]),
+        majority=(y[split.test] == majority).numpy(),
+    )
+
+
+def standardise(x: Tensor, train: np.ndarray) -> Tensor:
+    """[P, n, d] float32 with mean 0 and variance 1 over the training images; constant features become 0."""
+    part = x[:, train].double()
+    mean, deviation = part.mean(dim=1, keepdim=True), part.std(dim=1, correction=0, keepdim=True)
+    # A deviation at the level of float32 rounding is a constant feature, not information.
+    constant = deviation <= 1e-6 * mean.abs() + 1e-30
+    scale = torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30))
+    return ((x - mean.float()) * scale.float()).float()
+
+
+def _bytes_per_layer(n: int, d: int, classes: int, strengths: int) -> int:
+    width = min(n, d)
+    return 4 * (
+        3 * n * d + 2 * n * width + 3 * width * width + 8 * strengths * n * classes + 16 * strengths * width * classes
+    )
+
+
+def _fit(
+    z: Tensor, target: Tensor, truth: Tensor, split: Split, l2: Tensor, classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Validation accuracy [P] and strength [P] of the best fit, and its test answers [P, n_test]."""
+    solution = solve(z[:, split.train], target[split.train], l2, classes)
+    guess = _predict(z[:, split.validation], solution.weights, solution.intercept)  # [P, R, n]
+    accuracy = (guess == target[split.validation]).double().mean(dim=2)
+    # Of equally good strengths, the strongest: the simpler classifier.
+    chosen = len(l2) - 1 - accuracy.flip(1).argmax(dim=1)
+    layer = torch.arange(len(z))
+    weights, intercept = solution.weights[layer, chosen][:, None], solution.intercept[layer, chosen][:, None]
+    answers = _predict(z[:, split.test], weights, intercept)[:, 0]
+    return accuracy[layer, chosen].numpy(), l2[chosen].numpy(), (answers == truth[split.test]).numpy()
+
+
+def _predict(z: Tensor, weights: Tensor, intercept: Tensor) -> Tensor:
+    """[P, R, n] class indices."""
+    return (z[:, None] @ weights + intercept[:, :, None]).argmax(dim=-1)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share."""
+    z = 1.959963984540054
+    share, z2n = successes / n, z * z / n
+    centre = (share + z2n / 2) / (1 + z2n)
+    half = z / (1 + z2n) * (share * (1 - share) / n + z2n / (4 * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def drop_with_interval(
+    first: np.ndarray, layer: np.ndarray, majority: np.ndarray, seed: int
+) -> tuple[float, float, float]:
+    """(acc_0 − acc_l) / (acc_0 − chance) and its 95 % interval: paired bootstrap over the test images.
+
+    first, layer, majority: bool [n_test], whether each answer was right. Whole images are drawn, so that the three
+    accuracies keep their dependence; a resample where acc_0 does not exceed chance counts as ±∞.
+    """
+    n = len(first)
+    pattern = np.bincount(4 * first + 2 * layer + 1 * majority, minlength=8)
+    draws = np.random.default_rng([seed, 2]).multinomial(n, pattern / n, size=RESAMPLES)  # [RESAMPLES, 8]
+    bits = np.arange(8)
+    acc_0, acc_l, chance = ((draws * ((bits >> shift) & 1)).sum(axis=1) / n for shift in (2, 1, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drops = (acc_0 - acc_l) / np.maximum(acc_0 - chance, 0.0)
+    low, high = np.nanquantile(drops, [0.025, 0.975], method="inverted_cdf")
+    return float((first.mean() - layer.mean()) / (first.mean() - majority.mean())), float(low), float(high)
+
+
+def probe_rows(probe: Probe, *, target: str, middle: int | None, seed: int) -> list[Measurement]:
+    """The rows of one label set. `middle`: the layer of probe_drop, None if it was not captured."""
+    n = probe.correct.shape[1]
+    common = {"n": n, "target": target, "seed": seed}
+
+    def share(metric: str, answers: np.ndarray, **fields: object) -> Measurement:
+        low, high = wilson(int(answers.sum()), n)
+        return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields)  # type: ignore[arg-type]
+
+    rows = [share("probe_chance", probe.majority, note="most frequent training class")]
+    for i, layer in enumerate(probe.layers):
+        note = f"L2 {probe.l2[i]:.2g}"
+        rows.append(share("probe_accuracy", probe.correct[i], layer=layer, note=note))
+        rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant="shuffled labels"))
+    later = [i for i, layer in enumerate(probe.layers) if layer > 0]
+    wanted = {"probe_drop": probe.layers.index(middle)} if middle in probe.layers else {}
+    if later:
+        # Ties go to the earlier layer; the choice never sees the test split.
+        wanted["probe_worst_layer"] = later[int(np.argmin(probe.validation[later]))]
+    for metric, i in wanted.items():
+        rows.append(_drop_row(probe, metric, i, common))
+    return rows
+
+
+def _drop_row(probe: Probe, metric: str, i: int, common: dict) -> Measurement:
+    layer = probe.layers[i]
+    if 0 not in probe.layers:
+        return Measurement(metric, None, layer=layer, note="layer 0 was not captured", **common)
+    first, n = probe.correct[probe.layers.index(0)], probe.correct.shape[1]
+    low, _ = wilson(int(first.sum()), n)
+    chance = float(probe.majority.mean())
+    if low <= chance:
+        note = (
+            f"accuracy at layer 0 ({first.mean():.3f}, interval from {low:.3f}) is not above chance ({chance:.3f}), so "
+            "there is nothing to lose"
+        )
+        return Measurement(metric, None, layer=layer, note=note, **common)
+    value, low, high = drop_with_interval(first, probe.correct[i], probe.majority, common["seed"])
+    note = "layer chosen on validation, scored on test" if metric == "probe_worst_layer" else ""
+    return Measurement(metric, value, layer=layer, low=low, high=high, note=note, **common)
