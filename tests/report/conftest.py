@@ -1,9 +1,9 @@
 """The made-up runs of sample.py, as fixtures."""
 
 import pytest
-from sample import sample_run
 
 from keepsight.results import LoadedRun
+from tests.report.sample import sample_run
 
 
 @pytest.fixture(scope="session")

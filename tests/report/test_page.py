@@ -12,10 +12,10 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from PIL import Image
-from sample import sample_run
 
 from keepsight.report import build, verdict
 from keepsight.results import Example, LoadedRun, Measurement, RunDirectory, StorageError
+from tests.report.sample import sample_run
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"'{{7*7}} %{y} &amp;"
 
