@@ -39,6 +39,9 @@ class PReTrainerMixin:
             )
         self.pre: Handle = handle
         self.add_callback(handle)  # type: ignore[attr-defined]
+        # The one place that every version of Trainer clips through.
+        self._clip = self.accelerator.clip_grad_norm_  # type: ignore[attr-defined]
+        self.accelerator.clip_grad_norm_ = self._clip_apart  # type: ignore[attr-defined]
         self._pre_log = _Running()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -99,17 +102,13 @@ class PReTrainerMixin:
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
         return by_model or self.compute_loss_func is not None  # type: ignore[attr-defined]
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_apart(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Any:
         """Clip the model's gradients as if the head were not there, then the head's by themselves."""
-        head = [parameter for parameter in self.pre.parameters() if parameter.grad is not None]
-        kept = [parameter.grad for parameter in head]
-        for parameter in head:
-            parameter.grad = None
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        for parameter, gradient in zip(head, kept, strict=True):
-            parameter.grad = gradient
-        if head:
-            torch.nn.utils.clip_grad_norm_(head, self.args.max_grad_norm)  # type: ignore[attr-defined]
+        head = list(self.pre.parameters())
+        apart = {id(parameter) for parameter in head}
+        base = [parameter for parameter in parameters if id(parameter) not in apart]
+        norm = self._clip(base, max_norm, norm_type=norm_type)  # in fp16 this unscales all gradients first
+        torch.nn.utils.clip_grad_norm_(head, max_norm, norm_type=norm_type)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

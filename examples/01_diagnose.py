@@ -1,0 +1,35 @@
+"""Look inside a model: what is left of a picture at every layer.
+
+    python examples/01_diagnose.py            # the tiny testbed model, offline
+    python examples/01_diagnose.py MODEL DIR  # any image-text-to-text checkpoint, and a folder with a class per subfolder
+"""
+
+import sys
+from pathlib import Path
+
+import keepsight
+from keepsight.testbed.drawing import render
+from keepsight.testbed.models import build_vlm
+from keepsight.testbed.scenes import draw_scenes
+from keepsight.vlm.load import load_model
+from PIL import Image
+
+if len(sys.argv) == 3:
+    model, processor = load_model(sys.argv[1])
+    pictures, labels, masks = sys.argv[2], None, None  # labels are the names of the subfolders
+else:
+    model, processor = build_vlm()
+    scenes = draw_scenes(seed=7, count=240)
+    pixels, masks = render(scenes)
+    pictures = [Image.fromarray(array) for array in pixels]
+    # Two things one may want to read off a picture: one that questions ask about, one that they never do.
+    labels = {name: [scene.labels()[name] for scene in scenes] for name in ("top_left_color", "texture")}
+    masks = list(masks)
+
+result = keepsight.diagnose(model, processor, pictures, labels=labels, masks=masks)
+result.table()
+
+for row in result.rows:
+    if row.metric == "probe_accuracy" and row.layer in (0, result.depth // 2, result.depth) and not row.variant:
+        print(f"{row.target:16s} layer {row.layer:2d}: {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]")
+print(result.report(Path("runs") / "example-diagnosis.html"))
