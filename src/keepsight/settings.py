@@ -1,0 +1,107 @@
+"""Frozen dataclasses ↔ command-line flags and YAML files, through jsonargparse.
+
+Only the leaves become arguments, each with its plain type: jsonargparse then has no class to look up, so that a
+`class_path` in a file someone sent can import nothing.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+
+Config = TypeVar("Config")
+
+
+def add_fields(parser: ArgumentParser, cls: type) -> None:
+    """One argument for each leaf of the dataclass: `--pre.head-lr`, and `pre: {head_lr: …}` in YAML."""
+    for leaf in leaves(cls):
+        parser.add_argument(leaf.flag, type=leaf.hint, default=leaf.default, help=leaf.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A field that holds a value: its dotted name, type, default and description."""
+
+    name: str
+    hint: Any
+    default: Any
+    text: str
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+def leaves(cls: type, prefix: str = "", defaults: Any = None) -> Iterator[Leaf]:
+    """The fields of a dataclass, those of nested ones in their place; `defaults` is an instance to take them from."""
+    hints, texts = get_type_hints(cls), field_texts(cls)
+    for field in dataclasses.fields(cls):
+        hint, name = hints[field.name], f"{prefix}{field.name}"
+        default = _default(field) if defaults is None else getattr(defaults, field.name)
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from leaves(hint, f"{name}.", default)
+        else:
+            yield Leaf(name, hint, default, texts.get(field.name, ""))
+
+
+def build(cls: type[Config], values: Namespace | dict[str, Any]) -> Config:
+    """The dataclass from parsed values, nested ones included."""
+    hints = get_type_hints(cls)
+    chosen = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value, hint = values[field.name], hints[field.name]
+        chosen[field.name] = build(hint, value) if dataclasses.is_dataclass(hint) else value  # type: ignore[arg-type]
+    return cls(**chosen)
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """What the docstring's "Attributes:" section says of each field, in one line."""
+    found: dict[str, str] = {}
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+    name = None
+    for line in section.splitlines():
+        if match := re.fullmatch(r"    (\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif name and line.startswith("        "):
+            found[name] += " " + line.strip()
+        else:
+            name = None
+    return {name: text.replace("%", "%%") for name, text in found.items()}
+
+
+def normalise(arguments: Sequence[str], cls: type) -> list[str]:
+    """Forms that users type → those that the parser knows.
+
+    A leading recipe file is `--config FILE`; `--skip-broken` alone is `--skip-broken=true`; a field's name may be
+    written with underscores as in YAML; `--print-config` has jsonargparse's underscore.
+    """
+    known = {f"--{leaf.name}": leaf for leaf in leaves(cls)} | {leaf.flag: leaf for leaf in leaves(cls)}
+    given = list(arguments)
+    if given and not given[0].startswith("-"):
+        given.insert(0, "--config")
+    result = []
+    for position, argument in enumerate(given):
+        name, equals, value = argument.partition("=")
+        leaf = known.get(name)
+        last = position + 1 == len(given) or given[position + 1].startswith("--")
+        if name == "--print-config":
+            argument = f"--print_config{equals}{value}"
+        elif leaf is not None:
+            argument = f"{leaf.flag}{equals}{value}"
+            if leaf.hint is bool and not equals and last:
+                argument += "=true"
+        result.append(argument)
+    return result
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None

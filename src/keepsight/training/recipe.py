@@ -1,0 +1,179 @@
+"""The two-stage recipe: load, freeze, attach, train, detach, save. HF `Trainer` does the training."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, set_seed
+
+from keepsight.pre import Handle, attach
+from keepsight.results import RunDirectory, fingerprint, write_file
+from keepsight.training.arguments import training_arguments
+from keepsight.training.collator import Collator
+from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
+from keepsight.training.data import ConversationDataset, load_source
+from keepsight.training.encode import Encoder
+from keepsight.training.freeze import train_only
+from keepsight.training.trainer import PReTrainerMixin
+from keepsight.vlm.load import load_model
+
+CURVES = "curves.jsonl"
+MODEL = "model"
+
+
+class KeepsightTrainer(PReTrainerMixin, Trainer):
+    """HF `Trainer` with PRe; everything else is `Trainer`'s."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: Any = None,
+    processor: Any = None,
+    datasets: Mapping[str, ConversationDataset] | None = None,
+) -> RunDirectory:
+    """Train as the configuration says and leave a plain transformers checkpoint in `<out>/model`.
+
+    The run's folder holds config.yaml (the resolved configuration), run.json, curves.jsonl (the loss curves: a line
+    for each log, with its stage), stages/ (what `Trainer` saves) and model/ (weights and processor). Bad settings and
+    bad data are refused before a step is taken, and leave no folder behind.
+
+    Args:
+        config: the run.
+        model, processor: instead of what `config.model` names; the model is trained in place.
+        datasets: encoded data by stage, instead of what `config.data` names, so that runs can share a cache.
+
+    Raises:
+        ValueError: for settings or data that cannot be used; the text says which and what to do.
+        FileExistsError: if `config.out` holds a run or other files.
+        DeadLossError: if PRe would train nothing.
+    """
+    arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
+    main = int(os.environ.get("RANK", "0")) == 0
+    run = _start(config) if main else None
+    try:
+        set_seed(config.seed)
+        if model is None:
+            model, processor = build_model(config.model, seed=config.seed)
+        datasets = datasets or _datasets(config, processor)
+        for name, stage in config.stages().items():
+            train_only(model, stage.train)
+            if len(datasets[name]) == 0:
+                raise ValueError(f"stage '{name}' has no entry to train on.")
+        before = fingerprint(model)
+    except BaseException:
+        if run is not None:
+            _undo(run)
+        raise
+    handle: Handle | None = None
+    curves: list[dict[str, Any]] = []
+    for name, stage in config.stages().items():
+        learning = train_only(model, stage.train)
+        handle = _attach(model, config, stage, handle)
+        trainer = KeepsightTrainer(
+            model=model,
+            args=arguments[name],
+            train_dataset=datasets[name],
+            data_collator=Collator(processor),
+            processing_class=processor,
+        )
+        try:
+            trainer.train()
+        finally:
+            curves += [{"stage": name, **entry} for entry in trainer.state.log_history]
+            if run is not None:
+                write_file(run.path / CURVES, "".join(json.dumps(entry) + "\n" for entry in curves))
+                counts = {**run.info["counts"], **_counts(name, learning, trainer, datasets[name])}
+                run.update(counts=counts, **{f"skipped_{name}": datasets[name].skipped_names()})
+    assert handle is not None
+    layer, depth, width = handle.layer, handle.vlm.depth, handle.vlm.width
+    handle.detach()
+    model.requires_grad_(True)
+    if run is not None:
+        model.save_pretrained(run.path / MODEL)
+        processor.save_pretrained(run.path / MODEL)
+        described = {"name": _model_name(config.model), "before": before, "fingerprint": fingerprint(model)}
+        used = any(stage.pre for stage in config.stages().values()) and config.pre.active
+        run.update(model=described, depth=depth, width=width, pre_layer=layer if used else None, finished=True)
+    trainer.accelerator.wait_for_everyone()
+    return run or RunDirectory.open(config.out)
+
+
+def build_model(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
+    """Load the model, or put it together from an encoder and a language model; with its processor."""
+    if config.path is not None:
+        return load_model(config.path, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+    import torch
+
+    from keepsight.vlm.assemble import assemble
+
+    assert config.vision is not None
+    assert config.language is not None
+    return assemble(
+        config.vision,
+        config.language,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_size=config.image_size,
+        dtype=torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype),
+        seed=seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def read_curves(path: str | Path) -> list[dict[str, Any]]:
+    """The loss curves of a run's folder: what `Trainer` logged, each entry with its `stage`."""
+    lines = (Path(path) / CURVES).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _datasets(config: TrainConfig, processor: Any) -> dict[str, ConversationDataset]:
+    """The stages' data; two stages on the same data share one set, and so its cache."""
+    encoder = Encoder(processor, config.max_length)
+    made: dict[Any, ConversationDataset] = {}
+    for stage in config.stages().values():
+        data = config.data_of(stage)
+        if data not in made:
+            settings = asdict(data)
+            cache = settings.pop("cache_megabytes")
+            source = load_source(**settings, skip_broken=config.skip_broken)
+            made[data] = ConversationDataset(source, encoder, skip_broken=config.skip_broken, cache_megabytes=cache)
+    return {name: made[config.data_of(stage)] for name, stage in config.stages().items()}
+
+
+def _attach(model: Any, config: TrainConfig, stage: StageConfig, handle: Handle | None) -> Handle:
+    """PRe as the stage wants it: a head that goes on from the stage before, or one that does nothing."""
+    wanted = config.pre if stage.pre else replace(config.pre, weight=0.0, observe=False)
+    if handle is not None:
+        if handle.config == wanted:
+            return handle
+        handle.detach()
+    return attach(model, wanted)
+
+
+def _start(config: TrainConfig) -> RunDirectory:
+    run = RunDirectory.create(
+        config.out, label=config.label or Path(config.out).name, model=_model_name(config.model), seed=config.seed
+    )
+    run.write_config(config)
+    return run
+
+
+def _undo(run: RunDirectory) -> None:
+    """Take back a run that took no step, so that the corrected command can use the folder."""
+    for name in ("run.json", "config.yaml"):
+        (run.path / name).unlink(missing_ok=True)
+    if run.path.is_dir() and not any(run.path.iterdir()):
+        run.path.rmdir()
+
+
+def _model_name(config: ModelConfig) -> str:
+    return config.path if config.path is not None else f"{config.vision} + {config.language}"
+
+
+def _counts(name: str, learning: int, trainer: Trainer, dataset: ConversationDataset) -> dict[str, int]:
+    seen = {"entries": len(dataset), "steps": trainer.state.global_step, "parameters trained": learning}
+    return {f"{name}: {key}": value for key, value in (seen | dict(dataset.skipped())).items()}

@@ -1,0 +1,138 @@
+"""The one place where a whole model and its processor are read from disk or from the hub."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from keepsight.vlm.view import Vlm
+
+_FILM_FILE = "video_preprocessor_config.json"
+
+
+class LoadError(ValueError):
+    """A model that cannot be loaded; the text says why and what to do."""
+
+
+def load_model(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+) -> tuple[Any, Any]:
+    """An image-text-to-text model, in eval mode, and its processor.
+
+    Args:
+        path: a directory in transformers format, the folder of a `keepsight train` run, or a hub id.
+        trust_remote_code: run code that comes with the checkpoint. Off unless its author is known.
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        device_map: handed to transformers; None loads on the CPU.
+
+    Weights are read from safetensors only: other formats can run code when they are opened.
+
+    Raises:
+        FileNotFoundError: if a local path does not exist.
+        LoadError: if it is no image-text-to-text model, has no safetensors weights, or no usable processor.
+        ValueError: from `Vlm`, if the family has no visual tokens to follow.
+    """
+    place = model_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as cause:
+        raise LoadError(_hint(place, "its configuration cannot be read", cause)) from cause
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not trust_remote_code:
+        raise LoadError(
+            f"'{place}' is a {config.model_type!r} model, not an image-text-to-text model. keepsight needs one that "
+            "AutoModelForImageTextToText knows, such as LLaVA, Qwen2.5-VL, InternVL, Gemma 3 or SmolVLM; to build one "
+            "from an encoder and a language model, use `keepsight.vlm.assemble`."
+        )
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            place,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except OSError as cause:
+        raise LoadError(_hint(place, "it has no safetensors weights that can be read", cause)) from cause
+    Vlm(model)
+    return model.eval(), load_processor(place, trust_remote_code=trust_remote_code)
+
+
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The processor beside a model; of families that also take films, for pictures only where torchvision is missing.
+
+    Raises:
+        LoadError: if there is none, or it lacks an image processor, a tokenizer or a chat template.
+    """
+    place = model_folder(path)
+    try:
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError, AttributeError) as cause:
+        if "torchvision" not in str(cause).lower() and "video processor" not in str(cause):
+            raise LoadError(_hint(place, "its processor cannot be loaded", cause)) from cause
+        processor = _pictures_only(place, cause)
+    missing = [name for name in ("image_processor", "tokenizer") if not hasattr(processor, name)]
+    if missing:
+        raise LoadError(
+            f"'{place}' has a {type(processor).__name__} without {' and '.join(missing)}; the files of the whole "
+            "processor (preprocessor_config.json, tokenizer.json, …) must lie beside the weights."
+        )
+    return processor
+
+
+def model_folder(path: str | Path) -> str:
+    """Where the model lies: of a run's folder its `model`, else the path itself.
+
+    Raises:
+        FileNotFoundError: if it looks like a local path and is not there.
+    """
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
+        return str(folder / "model")
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
+        raise FileNotFoundError(
+            f"the model '{path}' does not exist; give a directory in transformers format or a hub id such as "
+            "'llava-hf/llava-1.5-7b-hf'."
+        )
+    return str(path)
+
+
+def _pictures_only(place: str, cause: Exception) -> Any:
+    """A processor without its film part, which needs torchvision and which keepsight never uses.
+
+    Saving it writes the film part's settings back, so that the copy loads wherever the original does.
+    """
+    files = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", _FILM_FILE)
+    read = {name: json.loads(file.read_text("utf-8")) for name in files if (file := Path(place) / name).is_file()}
+    names = [settings["processor_class"] for settings in read.values() if settings.get("processor_class")]
+    family = getattr(transformers, names[-1], None) if names else None
+    if family is None or "video_processor" not in family.get_attributes():
+        raise LoadError(_hint(place, "its processor cannot be loaded", cause)) from cause
+    kept = [name for name in family.get_attributes() if name != "video_processor"]
+    film = read.get(_FILM_FILE) or read.get("processor_config.json", {}).get("video_processor")
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        written = family.save_pretrained(self, save_directory, *args, **kwargs)
+        if film is not None:
+            (Path(save_directory) / _FILM_FILE).write_text(json.dumps(film, indent=2), encoding="utf-8")
+        return written
+
+    body = {
+        "get_attributes": classmethod(lambda cls: kept),
+        "save_pretrained": save_pretrained,
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # some families read these for any input
+    }
+    reduced: Any = type(family.__name__, (family,), body)
+    return reduced.from_pretrained(place)
+
+
+def _hint(place: str, what: str, cause: Exception) -> str:
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return f"'{place}' cannot be used: {what} ({reason})."
