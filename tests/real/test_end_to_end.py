@@ -1,0 +1,199 @@
+"""Real pretrained parts through the command line: train both stages without and with PRe, then diagnose both.
+
+`make test-real` runs it whole (about 40 minutes on two cores). KEEPSIGHT_REAL_STEPS=2 runs the same path for two steps
+a stage and leaves out what only learning can show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepsight.evaluation.vqa import VqaItem, VqaResult, answer_accuracy, text_only_prior
+from keepsight.results import Measurement, RunDirectory
+from keepsight.training.recipe import read_curves
+from keepsight.vlm.load import load_model
+from tests.real import fetch, pictures
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(0)]
+
+STEPS = int(os.environ.get("KEEPSIGHT_REAL_STEPS") or 0)  # 0: as the recipe says
+SHORT = bool(STEPS)
+ARMS = {"baseline": ("--pre.weight", "0"), "pre": ()}
+DEPTH = 30
+ASKED_PICTURES = 8 if SHORT else 80
+LAYER_METRICS = {"probe_accuracy", "cohesion", "coupling", "gap", "contrast", "participation_ratio", "entropy_rank",
+                 "feature_correlation", "token_homogeneity", "token_norm"}  # fmt: skip
+
+learned = pytest.mark.skipif(SHORT, reason="KEEPSIGHT_REAL_STEPS is set: too few steps to learn anything")
+
+
+def keepsight(*arguments: object) -> None:
+    """The command, as a user types it; its output goes to the terminal (pytest -s)."""
+    subprocess.run([sys.executable, "-m", "keepsight", *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """$KEEPSIGHT_REAL_OUT keeps the runs; a folder with runs in it is refused by the commands themselves."""
+    kept = os.environ.get("KEEPSIGHT_REAL_OUT")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("real")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture_set(work) -> Path:
+    return pictures.write(work / "pictures", fetch.fetch(), train=64 if SHORT else 1200, test=80 if SHORT else 320)
+
+
+@pytest.fixture(scope="module")
+def trained(work, picture_set) -> dict[str, Path]:
+    """Arm → the folder of its run, both stages."""
+    parts, train = fetch.fetch(), picture_set / "train"
+    common = ["--model.vision", parts.vision, "--model.language", parts.language]
+    for stage, said in (("projector", "captions"), ("full", "questions")):
+        common += [f"--{stage}.data.conversations", train / f"{said}.json"]
+        common += [f"--{stage}.data.image-folder", train / "images"]
+        common += [f"--{stage}.max-steps", STEPS] if SHORT else []
+    common += ["--trainer.logging_steps", 1] if SHORT else []
+    runs = {}
+    for arm, options in ARMS.items():
+        runs[arm] = work / f"train-{arm}"
+        keepsight("train", Path(__file__).with_name("recipe.yaml"), *common, *options, "--out", runs[arm])
+    return runs
+
+
+@pytest.fixture(scope="module")
+def diagnosed(work, picture_set, trained) -> dict[str, RunDirectory]:
+    """Arm → the run of its diagnosis on held-out pictures."""
+    test = picture_set / "test"
+    runs = {}
+    for arm, run in trained.items():
+        out = work / f"diagnose-{arm}"
+        keepsight("diagnose", run, "--images", test / "images", "--masks", test / "masks", "--out", out)
+        runs[arm] = RunDirectory.open(out)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def items(picture_set) -> dict[str, list[VqaItem]]:
+    """Split → questions; those of the first held-out pictures only, because answering takes time."""
+    found = {}
+    for split in ("train", "test"):
+        entries = json.loads((picture_set / split / "eval.json").read_text())
+        found[split] = [
+            VqaItem(e["question"], e["answer"], picture_set / split / "images" / e["image"], e["kind"], e["image"])
+            for e in entries
+        ]
+    chosen = list(dict.fromkeys(item.picture for item in found["test"]))[:ASKED_PICTURES]
+    found["test"] = [item for item in found["test"] if item.picture in chosen]
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(trained, items) -> dict[str, VqaResult]:
+    return {arm: answer_accuracy(*load_model(run), items["test"]) for arm, run in trained.items()}
+
+
+def curve(run: Path, stage: str, name: str) -> list[float]:
+    return [entry[name] for entry in read_curves(run) if entry["stage"] == stage and name in entry]
+
+
+def by_metric(rows: list[Measurement]) -> dict[tuple[Any, ...], list[Measurement]]:
+    """Rows with a layer, by everything but the layer."""
+    found = defaultdict(list)
+    for row in rows:
+        if row.layer is not None:
+            found[row.metric, row.target, row.variant, row.tokens].append(row)
+    return found
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_leaves_a_plain_checkpoint_and_its_curves(trained, arm):
+    for stage in ("projector", "full"):
+        steps = [entry["step"] for entry in read_curves(trained[arm]) if entry["stage"] == stage]
+        assert max(steps) == (STEPS or 150)
+        assert bool(curve(trained[arm], stage, "pre_cosine")) == (arm == "pre")
+    model, processor = load_model(trained[arm])
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert not any("keepsight" in name for name, _ in model.named_parameters())
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    info = RunDirectory.open(trained[arm]).info
+    assert (info["depth"], info["pre_layer"]) == (DEPTH, 15 if arm == "pre" else None)
+
+
+@learned
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("stage", ["projector", "full"])
+def test_the_loss_falls(trained, arm, stage):
+    loss = curve(trained[arm], stage, "lm_loss")
+    first, last = loss[0], sum(loss[-4:]) / 4
+    print(f"\n{arm}, {stage}: language-model loss {first:.3f} → {last:.3f}")
+    assert last < 0.5 * first
+
+
+@learned
+def test_the_head_predicts_this_pictures_anchor_and_not_anothers(trained):
+    cosine, margin = (sum(curve(trained["pre"], "full", name)[-4:]) / 4 for name in ("pre_cosine", "pre_margin"))
+    print(f"\nPRe: cosine {cosine:.3f}, with the anchors of other pictures {cosine - margin:.3f}")
+    assert cosine > 0.5
+    assert margin > 0.2
+
+
+@learned
+@pytest.mark.parametrize("arm", ARMS)
+def test_held_out_questions_are_answered_better_than_blind(answers, items, arm):
+    prior = text_only_prior(items["train"], items["test"]).rows
+    seeing = answers[arm].rows
+    for ours, blind in zip(seeing, prior, strict=True):
+        shown = f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}]"
+        print(f"\n{arm}, {ours.target or 'all questions'}: {shown}, blind {blind.value:.3f}")
+    assert seeing[0].target == prior[0].target == ""
+    assert seeing[0].low > prior[0].value + 0.1
+    assert seeing[0].low > prior[0].high
+
+
+@pytest.mark.skipif(not SHORT, reason="the full test scores answers")
+def test_answers_come_out(answers, items):
+    assert [len(result.records) for result in answers.values()] == [len(items["test"])] * 2
+    assert len(text_only_prior(items["train"], items["test"]).records) == len(items["test"])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_metric_has_a_row_at_every_layer(diagnosed, arm):
+    found = by_metric(diagnosed[arm].read_rows())
+    assert {metric for metric, *_ in found} >= LAYER_METRICS
+    for key, rows in found.items():
+        layers = sorted(row.layer for row in rows)
+        assert layers in (list(range(DEPTH + 1)), list(range(1, DEPTH + 1))), key
+        if key[0] != "probe_drop":  # which layer 0 does not have: it is measured against it
+            assert layers[0] == 0, key
+        assert all(row.value is not None or row.note for row in rows), key
+    assert (diagnosed[arm].path / "report.html").stat().st_size > 100_000
+
+
+@learned
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_numbers_are_those_of_a_model_that_sees(diagnosed, arm):
+    """Known from how the set was made: eight classes, objects that are alike inside."""
+    found = by_metric(diagnosed[arm].read_rows())
+    probe = next(
+        rows
+        for (metric, _, variant, _), rows in found.items()
+        if metric == "probe_accuracy" and "shuffled" not in variant
+    )
+    assert max(row.value for row in probe) > 0.5  # chance is an eighth
+    gap = next(
+        rows
+        for (metric, _, variant, tokens), rows in found.items()
+        if (metric, variant, tokens) == ("gap", "raw", "all")
+    )
+    assert all(row.value > 0 for row in gap)
