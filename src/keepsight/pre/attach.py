@@ -178,6 +178,10 @@ class Handle(TrainerCallback):
             )
         self._alive = True
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: another training has another optimizer, so life must be proven again."""
+        self._alive = not self.config.active
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
         if not self._alive and self._seen is not None and (self._seen.images > 0 or self._seen.had_pixels):
