@@ -80,7 +80,7 @@ def test_planted_layers():
     accuracy = {r.layer: r for r in rows if r.metric == "probe_accuracy" and not r.variant}
     assert accuracy[0].value == accuracy[1].value == 1.0
     assert 0.4 < accuracy[2].value < 0.9
-    assert accuracy[3].low < 0.25 < accuracy[3].high
+    assert accuracy[3].value == pytest.approx(0.25, abs=0.12)
     assert accuracy[0].n == 80
     (chance,) = [r for r in rows if r.metric == "probe_chance"]
     assert chance.value == 0.25

@@ -1,0 +1,6 @@
+"""What the visual tokens of every layer still hold: probes, patch structure, spectrum, in one forward pass."""
+
+from keepsight.diagnosis.batches import DEFAULT_PROMPT
+from keepsight.diagnosis.run import Diagnosis, diagnose
+
+__all__ = ["DEFAULT_PROMPT", "Diagnosis", "diagnose"]

@@ -8,6 +8,7 @@ gives intervals whose clusters are images.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -49,6 +50,20 @@ class CovarianceSums:
     def n(self) -> int:
         """Tokens seen."""
         return int(self.count.sum())
+
+    def merge(self, other: CovarianceSums) -> CovarianceSums:
+        """The sums over the tokens of both (same shift)."""
+        merged = copy.copy(self)
+        merged.count, merged.first = self.count + other.count, self.first + other.first
+        merged.second = self.second + other.second
+        return merged
+
+    def select(self, channels: Tensor) -> CovarianceSums:
+        """The sums over these channels only (channels: bool [d])."""
+        chosen = copy.copy(self)
+        chosen.shift, chosen.first = self.shift[channels], self.first[:, channels]
+        chosen.second = self.second[:, channels][:, :, channels]
+        return chosen
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count, sum of tokens [d] and sum of products [d, d] over all groups."""

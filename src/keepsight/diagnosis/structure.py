@@ -87,6 +87,7 @@ class Structure:
     homogeneity: Tensor
     cohesion: Tensor
     coupling: Tensor
+    norms: Tensor  # [T], of the tokens as compared (centred, without the channels left out)
 
     @property
     def gap(self) -> Tensor:
@@ -95,7 +96,7 @@ class Structure:
 
 
 def unit_sums(tokens: Tensor, weights: Tensor, centre: Tensor | None = None, channels: Tensor | None = None):
-    """Weighted sums of unit vectors: [T, d], [G, T] → ([G, d], live [T]); a zero token counts as the zero vector.
+    """Weighted sums of unit vectors: [T, d], [G, T] → ([G, d], norms [T]); a zero token counts as the zero vector.
 
     centre: [d], taken off first. channels: [d], 0 for the channels to leave out, 1 for the others.
     """
@@ -112,7 +113,7 @@ def unit_sums(tokens: Tensor, weights: Tensor, centre: Tensor | None = None, cha
         norm = torch.linalg.vector_norm(chunk, dim=1, out=norms[start : start + rows])
         scale = torch.where(norm > 0, 1 / norm, 0.0)
         sums.addmm_(weights[:, start : start + rows] * scale, chunk)
-    return sums, norms > 0
+    return sums, norms
 
 
 def structure(
@@ -130,9 +131,9 @@ def structure(
         float32 tensors, see `Structure`. cohesion_k = mean cosine over the pairs inside object k;
         coupling_k = mean cosine between object k and every other patch of its image.
     """
-    sums, live = unit_sums(tokens, groups.weights, centre, channels)
+    sums, norms = unit_sums(tokens, groups.weights, centre, channels)
     sizes = groups.sizes
-    own_pairs = groups.weights @ live.to(groups.weights)  # Σ|u_i|², the pairs of a token with itself
+    own_pairs = groups.weights @ (norms > 0).to(groups.weights)  # Σ|u_i|², the pairs of a token with itself
     squares = (sums * sums).sum(dim=1)
     inside = (squares - own_pairs) / (sizes * (sizes - 1))
     b = groups.n_images
@@ -145,6 +146,7 @@ def structure(
         homogeneity=torch.where(sizes[:b] >= 2, inside[:b], undefined),
         cohesion=torch.where(defined, inside[b:], undefined),
         coupling=torch.where(defined, coupling, undefined),
+        norms=norms,
     )
 
 

@@ -1,0 +1,259 @@
+"""What one forward pass leaves behind: layer by layer inside the forward, nothing kept that grows with the data.
+
+`Calibration` is a short pass over a seeded subset of the images. It fixes, per layer, what the main pass needs to know
+beforehand: the mean token (for centring), the norm above which a token is a sink, and the channels that dominate.
+`Accumulator` is the main pass. Both are fed by `sink(layer, tokens)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keepsight.diagnosis.spectrum import CovarianceSums
+from keepsight.diagnosis.store import LayerStore
+from keepsight.diagnosis.structure import Groups, Structure, structure
+
+SINK = 10.0  # a token or channel is a sink above this multiple of the layer's median norm
+SCOPES = ("all", "without sinks", "tiles", "thumbnail")
+VALUES = (
+    "token_norm",
+    "token_homogeneity/raw",
+    "token_homogeneity/centred",
+    "cohesion/raw",
+    "coupling/raw",
+    "cohesion/centred",
+    "coupling/centred",
+)
+COLUMNS = (*(f"{scope}|{value}" for scope in SCOPES for value in VALUES), "sink_tokens")
+
+
+@dataclass
+class Batch:
+    """The visual tokens of a batch: T tokens of B images, K objects.
+
+    image: [T]; thumbnail: bool [T]; objects: bool [K, T]; owner: [K], image of each object;
+    sample: [t] token indices for the spectrum; group: [B], each image's jackknife group.
+    """
+
+    image: Tensor
+    n_images: int
+    thumbnail: Tensor
+    objects: Tensor
+    owner: Tensor
+    sample: Tensor
+    group: Tensor
+    scopes: dict[str, Groups] = field(init=False)
+
+    def __post_init__(self) -> None:
+        everything = Groups.build(self.image, self.n_images, self.objects, self.owner)
+        self.scopes = {"all": everything}
+        if bool(self.thumbnail.any()) and not bool(self.thumbnail.all()):
+            self.scopes["tiles"] = everything.keep(~self.thumbnail)
+            self.scopes["thumbnail"] = everything.keep(self.thumbnail)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        image, thumbnail, objects = self.image.to(device), self.thumbnail.to(device), self.objects.to(device)
+        owner, sample, group = self.owner.to(device), self.sample.to(device), self.group.to(device)
+        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group)
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """mean, mean_without_sinks: [d]; threshold: norm of a sink token; channels: float [d], 0 for sink channels."""
+
+    mean: Tensor
+    mean_without_sinks: Tensor
+    threshold: float
+    channels: Tensor
+    has_sinks: bool
+
+    @property
+    def sink_channels(self) -> int:
+        return int((self.channels == 0).sum())
+
+
+class Calibration:
+    """Means, thresholds and dominating channels of every layer, from the tokens of a few images.
+
+    Sums are kept of the tokens that cannot be sinks; the few that may be (norm above half the bound by their batch's
+    own median) are held until the median of all is known.
+    """
+
+    def __init__(self) -> None:
+        self._sum: dict[int, Tensor] = {}
+        self._square: dict[int, Tensor] = {}
+        self._count: dict[int, int] = {}
+        self._norms: dict[int, list[Tensor]] = {}
+        self._suspects: dict[int, list[Tensor]] = {}
+
+    def sink(self, layer: int, tokens: Tensor) -> None:
+        x = tokens.float()
+        norms = torch.linalg.vector_norm(x, dim=1)
+        suspect = norms > SINK / 2 * norms.median()
+        ordinary = x[~suspect].double() if bool(suspect.any()) else x.double()
+        self._sum[layer] = self._sum.get(layer, 0) + ordinary.sum(dim=0)
+        self._square[layer] = self._square.get(layer, 0) + ordinary.square().sum(dim=0)
+        self._count[layer] = self._count.get(layer, 0) + ordinary.shape[0]
+        self._norms.setdefault(layer, []).append(norms)
+        self._suspects.setdefault(layer, []).append(x[suspect])
+
+    def finish(self) -> dict[int, LayerCalibration]:
+        return {layer: self._layer(layer) for layer in self._sum}
+
+    def _layer(self, layer: int) -> LayerCalibration:
+        suspects = torch.cat(self._suspects[layer]).double()
+        threshold = SINK * float(torch.cat(self._norms[layer]).median())
+        sinks = torch.linalg.vector_norm(suspects, dim=1) > threshold
+        ordinary = suspects[~sinks]
+        count = self._count[layer] + ordinary.shape[0]
+        total = self._sum[layer] + ordinary.sum(dim=0)
+        square = self._square[layer] + ordinary.square().sum(dim=0)
+        size = (square / max(count, 1)).sqrt()  # of each channel, over the tokens that are no sinks
+        channels = size <= SINK * size.median()
+        mean = (total + suspects[sinks].sum(dim=0)) / (count + int(sinks.sum()))
+        return LayerCalibration(
+            mean=mean.float(),
+            mean_without_sinks=(total / max(count, 1)).float(),
+            threshold=threshold,
+            channels=channels.float(),
+            has_sinks=bool(sinks.any()) or not bool(channels.all()),
+        )
+
+
+class Accumulator:
+    """Pooled features, per-image values and the spectrum's tokens of every layer.
+
+    Args:
+        layers: the captured layers, rising.
+        folder: where the rows go.
+        exact: sum the covariance of all tokens as they come, instead of keeping a sample of tokens.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], width: int, calibration: dict[int, LayerCalibration], folder: Path, exact: bool
+    ) -> None:
+        self.layers = list(layers)
+        self.width = width
+        self.calibration = calibration
+        self.pooled = LayerStore(folder / "pooled.f32", len(layers), width)
+        self.values = LayerStore(folder / "values.f32", len(layers), len(COLUMNS))
+        self.sampled = LayerStore(folder / "sampled.f32", len(layers), width)
+        self.sample_group: list[int] = []
+        self.sums: dict[int, list[CovarianceSums | None]] | None = {} if exact else None
+        self.objects = self.skipped_objects = self.images_with_objects = 0
+        self._batch: Batch | None = None
+        self._taken: dict[str, list[Tensor]] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """The batch whose forward is about to run."""
+        self._batch = batch
+        self._taken = {"pooled": [], "values": [], "sampled": []}
+
+    def sink(self, layer: int, tokens: Tensor) -> None:
+        """One layer's tokens [T, d] of the present batch."""
+        assert self._batch is not None
+        batch, known, x = self._batch, self.calibration[layer], tokens.float()
+        everything = batch.scopes["all"]
+        b, sizes = batch.n_images, everything.sizes[: batch.n_images]
+        self._taken["pooled"].append((everything.weights[:b] @ x) / sizes[:, None])
+
+        columns: dict[str, Tensor] = {}
+        raw = structure(x, everything)
+        centred = structure(x, everything, centre=known.mean)
+        sinks = raw.norms > known.threshold
+        self._record(columns, "all", everything, raw.norms, raw, centred)
+        if known.has_sinks or bool(sinks.any()):
+            kept = everything.keep(~sinks)
+            bare = structure(x, kept, channels=known.channels)
+            bare_centred = structure(x, kept, centre=known.mean_without_sinks, channels=known.channels)
+            self._record(columns, "without sinks", kept, bare.norms, bare, bare_centred)
+        else:
+            self._record(columns, "without sinks", everything, raw.norms, raw, centred)
+        for scope in ("tiles", "thumbnail"):
+            if scope in batch.scopes:
+                groups = batch.scopes[scope]
+                part, part_centred = structure(x, groups), structure(x, groups, centre=known.mean)
+                self._record(columns, scope, groups, raw.norms, part, part_centred)
+        columns["sink_tokens"] = everything.weights[:b] @ sinks.float()
+        absent = torch.full((b,), float("nan"), device=x.device)
+        self._taken["values"].append(torch.stack([columns.get(name, absent) for name in COLUMNS], dim=1))
+
+        if layer == self.layers[0]:
+            self._count_objects(raw)
+        if self.sums is None:
+            self._taken["sampled"].append(x[batch.sample])
+        else:
+            self._add(layer, x, sinks)
+
+    def _record(
+        self,
+        columns: dict[str, Tensor],
+        scope: str,
+        groups: Groups,
+        norms: Tensor,
+        raw: Structure,
+        centred: Structure,
+    ) -> None:
+        b = groups.n_images
+        found = [(groups.weights[:b] @ norms) / groups.sizes[:b], raw.homogeneity, centred.homogeneity]
+        if groups.owner.numel():
+            objects = (raw.cohesion, raw.coupling, centred.cohesion, centred.coupling)
+            found += [groups.image_mean(values) for values in objects]
+        columns.update({f"{scope}|{name}": values for name, values in zip(VALUES, found, strict=False)})
+
+    def _count_objects(self, raw: Structure) -> None:
+        assert self._batch is not None
+        defined = ~raw.cohesion.isnan()
+        self.objects += int(defined.sum())
+        self.skipped_objects += int((~defined).sum())
+        self.images_with_objects += int(self._batch.owner[defined].unique().numel())
+
+    def _add(self, layer: int, x: Tensor, sinks: Tensor) -> None:
+        assert self._batch is not None
+        assert self.sums is not None
+        both = self.sums.setdefault(layer, [None, None])
+        groups = self._batch.group[self._batch.image]
+        for index, chosen in enumerate((~sinks, sinks)):
+            for group in groups[chosen].unique().tolist():
+                if both[index] is None:
+                    both[index] = CovarianceSums(x.shape[1], shift=self.calibration[layer].mean, device=str(x.device))
+                both[index].update(x[chosen & (groups == group)], group)  # type: ignore[union-attr]
+
+    def end(self) -> None:
+        """The forward of the present batch is over: write its rows."""
+        assert self._batch is not None
+        self.pooled.append(torch.stack(self._taken["pooled"]))
+        self.values.append(torch.stack(self._taken["values"]))
+        if self.sums is None:
+            self.sampled.append(torch.stack(self._taken["sampled"]))
+            batch = self._batch
+            self.sample_group += batch.group[batch.image[batch.sample]].tolist()
+        self._batch, self._taken = None, {}
+
+    def covariance(self, position: int) -> tuple[CovarianceSums, CovarianceSums | None]:
+        """Sums over the ordinary tokens and over the sinks (None without any) of the layer in this position."""
+        layer = self.layers[position]
+        known = self.calibration[layer]
+        if self.sums is not None:
+            ordinary, sinks = self.sums[layer]
+            return ordinary or CovarianceSums(known.mean.shape[0], shift=known.mean), sinks
+        x = torch.from_numpy(self.sampled.read(position)).to(known.mean.device)
+        group = torch.tensor(self.sample_group, device=x.device)
+        heavy = torch.linalg.vector_norm(x, dim=1) > known.threshold
+        parts: list[CovarianceSums | None] = []
+        for chosen in (~heavy, heavy):
+            if chosen is heavy and not bool(heavy.any()):
+                parts.append(None)
+                continue
+            sums = CovarianceSums(x.shape[1], shift=known.mean, device=str(x.device))
+            for g in group[chosen].unique().tolist():
+                sums.update(x[chosen & (group == g)], g)
+            parts.append(sums)
+        assert parts[0] is not None
+        return parts[0], parts[1]

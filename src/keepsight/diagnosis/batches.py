@@ -1,0 +1,154 @@
+"""From pictures to batches: prompt, visual tokens, object membership, the spectrum's sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keepsight.diagnosis.accumulate import Batch
+from keepsight.diagnosis.data import Picture, PictureError
+from keepsight.diagnosis.spectrum import GROUPS
+from keepsight.diagnosis.structure import membership
+from keepsight.vlm import Vlm
+from keepsight.vlm.geometry import patch_coverage
+
+DEFAULT_PROMPT = "Describe the picture."
+
+
+def render_prompt(processor: Any, prompt: str) -> str:
+    """The chat template with the picture first, then the text; the same for every picture.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so the model's prompt format is unknown; set "
+            "processor.chat_template to that of the checkpoint"
+        )
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+
+def truncate(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+    """Cut every per-token input [B, S] after the last visual token: causal layers below it are unchanged by it."""
+    end = int(mask.any(dim=0).nonzero().max()) + 1
+    return {
+        name: value[:, :end]
+        if isinstance(value, Tensor) and value.ndim == 2 and value.shape == mask.shape and not value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One batch, ready for the forward: the model's inputs, what is where, and which pictures it holds."""
+
+    inputs: dict[str, Any]
+    batch: Batch
+    indices: list[int]
+
+
+@dataclass
+class Loader:
+    """Decodes pictures in order, `batch_size` at a time.
+
+    rate: share of each image's tokens that the spectrum samples; broken: names of the pictures left out so far.
+    """
+
+    vlm: Vlm
+    processor: Any
+    pictures: Sequence[Picture]
+    prompt: str  # rendered
+    batch_size: int
+    seed: int
+    split_components: bool = False
+    skip_broken: bool = False
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.broken: dict[int, str] = {}
+        order = np.random.default_rng([self.seed, 4]).permutation(len(self.pictures))
+        self._group = torch.from_numpy(order % GROUPS)
+
+    def batches(self, indices: Sequence[int], masks: bool) -> Iterator[Decoded]:
+        """The pictures with these indices; broken ones are left out when `skip_broken`.
+
+        Raises:
+            PictureError: a picture cannot be read and `skip_broken` is off.
+        """
+        for start in range(0, len(indices), self.batch_size):
+            kept, images, arrays = [], [], []
+            for index in indices[start : start + self.batch_size]:
+                try:
+                    image, mask = self.pictures[index].open(self.split_components)
+                except PictureError:
+                    if not self.skip_broken:
+                        raise
+                    self.broken[index] = self.pictures[index].name
+                    continue
+                kept.append(index)
+                images.append(image)
+                arrays.append(mask if masks else None)
+            if kept:
+                yield self._decode(kept, images, arrays)
+
+    def _decode(self, indices: list[int], images: list[Any], masks: list[np.ndarray | None]) -> Decoded:
+        inputs = dict(
+            self.processor(
+                images=[[image] for image in images],
+                text=[self.prompt] * len(images),
+                return_tensors="pt",
+                padding=True,
+            )
+        )
+        tokens = self.vlm.image_tokens(inputs)
+        if tokens.n_images != len(images):
+            raise ValueError(
+                f"the processor made {tokens.n_images} pictures of {len(images)}; the prompt {self.prompt[:60]!r} must "
+                "hold one image placeholder"
+            )
+        counts = tokens.counts().tolist()
+        objects, owner, offset = [], [], 0
+        total = len(tokens.image)
+        for number, (mask, count) in enumerate(zip(masks, counts, strict=True)):
+            if mask is not None:
+                _, coverage = patch_coverage(self.processor, self.vlm, mask)
+                if coverage.shape[1] != count:
+                    raise ValueError(
+                        f"the mask of '{self.pictures[indices[number]].name}' maps to {coverage.shape[1]} patches, but "
+                        f"the picture has {count} visual tokens"
+                    )
+                part = torch.zeros(len(coverage), total, dtype=torch.bool)
+                part[:, offset : offset + count] = membership(coverage)
+                objects.append(part)
+                owner += [number] * len(coverage)
+            offset += count
+        if not self.vlm.bidirectional_images:
+            inputs = truncate(inputs, self.vlm.visual_mask(inputs["input_ids"]))
+        batch = Batch(
+            image=tokens.image,
+            n_images=len(images),
+            thumbnail=tokens.thumbnail,
+            objects=torch.cat(objects) if objects else torch.zeros(0, total, dtype=torch.bool),
+            owner=torch.tensor(owner, dtype=torch.long),
+            sample=self._sample(indices, counts),
+            group=self._group[indices],
+        )
+        return Decoded(inputs, batch, indices)
+
+    def _sample(self, indices: list[int], counts: list[int]) -> Tensor:
+        """Which tokens the spectrum takes: each with the same probability, from a generator of the image's own."""
+        chosen, offset = [], 0
+        for index, count in zip(indices, counts, strict=True):
+            generator = np.random.default_rng([self.seed, 3, index])
+            size = min(count, int(self.rate * count + generator.random()))
+            chosen.append(offset + np.sort(generator.choice(count, size, replace=False)))
+            offset += count
+        return torch.from_numpy(np.concatenate(chosen))

@@ -1,0 +1,125 @@
+"""From accumulated values to `Measurement` rows; images are the clusters of every interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
+from keepsight.diagnosis.spectrum import Estimate, spectrum
+from keepsight.results import Measurement
+
+NEAR_ZERO = 0.05  # a coupling below this makes the contrast ratio meaningless
+
+
+def mean_interval(values: np.ndarray) -> Estimate:
+    """Mean and 95 % t-interval of one value per image; NaN are images without a value."""
+    values = values[~np.isnan(values)].astype(np.float64)
+    if not len(values):
+        return Estimate(None, note="no image has a value")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Estimate(mean, note="no interval: one image")
+    half = float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> Estimate:
+    """Ratio of the data-set means with a linearised 95 % interval; None where the coupling is near zero."""
+    defined = ~np.isnan(cohesion) & ~np.isnan(coupling)
+    cohesion, coupling = cohesion[defined].astype(np.float64), coupling[defined].astype(np.float64)
+    if not len(coupling):
+        return Estimate(None, note="no image has a value")
+    if coupling.mean() < NEAR_ZERO:
+        return Estimate(
+            None, note=f"coupling {coupling.mean():.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
+        )
+    ratio = cohesion.mean() / coupling.mean()
+    spread = mean_interval((cohesion - ratio * coupling) / coupling.mean())
+    if spread.low is None or spread.high is None:
+        return Estimate(float(ratio), note=spread.note)
+    return Estimate(float(ratio), float(ratio) + spread.low, float(ratio) + spread.high)
+
+
+def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
+    """Norms, sinks, homogeneity and patch structure of every layer."""
+    rows: list[Measurement] = []
+    skipped = accumulator.skipped_objects
+    note = f"{accumulator.objects} objects" + (
+        f", {skipped} skipped (fewer than two patches, or none outside)" if skipped else ""
+    )
+    for position, layer in enumerate(accumulator.layers):
+        table = accumulator.values.read(position)
+        columns = {name: table[:, i] for i, name in enumerate(COLUMNS)}
+        base: dict[str, Any] = {"layer": layer, "seed": seed}
+        channels = accumulator.calibration[layer].sink_channels
+        rows.append(Measurement("sink_tokens", **_fields(mean_interval(columns["sink_tokens"])), **base, n=len(table)))
+        rows.append(
+            Measurement("sink_channels", channels, **base, n=accumulator.width, unit="channels", note="by calibration")
+        )
+        for scope in SCOPES:
+            values = {
+                name.partition("|")[2]: column for name, column in columns.items() if name.startswith(f"{scope}|")
+            }
+            present = {name: column for name, column in values.items() if not np.isnan(column).all()}
+            rows += _scope_rows(present, {**base, "tokens": scope}, note)
+    return rows
+
+
+def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[Measurement]:
+    def row(metric: str, variant: str, found: Estimate, column: np.ndarray, said: str = "") -> Measurement:
+        n = int((~np.isnan(column)).sum())
+        text = "; ".join(filter(None, [found.note, said]))
+        return Measurement(metric, found.value, low=found.low, high=found.high, n=n, variant=variant, note=text, **base)
+
+    for name, column in values.items():
+        metric, _, variant = name.partition("/")
+        said = note if metric in ("cohesion", "coupling") else ""
+        yield row(metric, variant, mean_interval(column), column, said)
+    for variant in ("raw", "centred"):
+        if f"cohesion/{variant}" in values:
+            cohesion, coupling = values[f"cohesion/{variant}"], values[f"coupling/{variant}"]
+            gap = cohesion.astype(np.float64) - coupling
+            yield row("gap", variant, mean_interval(gap), gap, note)
+            if variant == "raw":
+                yield row("contrast", variant, contrast_interval(cohesion, coupling), gap, note)
+
+
+def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list[Measurement]:
+    """Effective dimensions and feature correlation of one layer, with sinks and without."""
+    layer = accumulator.layers[position]
+    known = accumulator.calibration[layer]
+    ordinary, sinks = accumulator.covariance(position)
+    channels = known.channels > 0
+    changed = sinks is not None or not bool(channels.all())
+    everything = ordinary if sinks is None else ordinary.merge(sinks)
+    found = {"all": (everything.n, spectrum(everything))}
+    if changed:
+        bare = ordinary if bool(channels.all()) else ordinary.select(channels.to(ordinary.second.device))
+        found["without sinks"] = (bare.n, spectrum(bare))
+    else:
+        found["without sinks"] = found["all"]
+    how = "all tokens" if accumulator.sums is not None else "seeded sample of tokens"
+    return [
+        Measurement(
+            metric,
+            **_fields(estimate),
+            layer=layer,
+            n=n,
+            unit="tokens",
+            variant=variant,
+            tokens=tokens,
+            seed=seed,
+            note="; ".join(filter(None, [estimate.note, how])),
+        )
+        for tokens, (n, estimates) in found.items()
+        for (metric, variant), estimate in estimates.items()
+    ]
+
+
+def _fields(estimate: Estimate) -> dict:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
