@@ -7,13 +7,12 @@ writes
     OUT/train/, OUT/test/   images/<category of the main object>/<name>.png    an ImageFolder
                             masks/<category>/<name>.png                        0 background, 1… objects
                             captions.json, questions.json                      LLaVA conversations
-                            labels.json                                        all labels, asked and never asked
+                            labels.json                                        label sets for `keepsight diagnose`
     OUT/test/eval.json      the questions one by one, for scoring answers
 
 Each picture holds one to three glyphs of different categories, in different quadrants; the largest is the main
-object. Questions ask for category, place, number and presence. No question ever asks for the photograph behind, or
-which glyph of its category an object is: what language does not ask for is what should fade. Photographs are made
-grey and then tinted at random, so that colour does not give them away. The same seed gives the same pixels.
+object. Questions ask for category, place, number and presence. No question ever asks for the photograph behind or the
+colour that it is tinted in: what language does not ask for is what should fade. The same seed gives the same pixels.
 """
 
 from __future__ import annotations
@@ -45,6 +44,8 @@ CATEGORIES = {
     "clock": "⏰🕰⌚🕐🕓⏱",
     "face": "😀😎😍😡😭😱🤔",
 }
+TINTS = ("red", "green", "blue")
+ASKED, UNASKED = ("category", "count"), ("photograph", "tint")
 DESCRIBE = "Describe the picture."
 
 
@@ -68,6 +69,7 @@ class Scene:
     name: str
     things: tuple[Thing, ...]
     photograph: str
+    tint: int  # index into TINTS
     pixels: np.ndarray  # [SIDE, SIDE, 3] uint8
     mask: np.ndarray  # [SIDE, SIDE] uint8: 1 + index into things
 
@@ -82,7 +84,8 @@ class Painter:
 
     def scene(self, name: str, rng: np.random.Generator) -> Scene:
         photograph = str(rng.choice(list(self.photographs)))
-        canvas = self._background(photograph, rng)
+        tint = int(rng.integers(len(TINTS)))
+        canvas = self._background(photograph, tint, rng)
         mask = np.zeros((SIDE, SIDE), np.uint8)
         count = int(rng.integers(1, 4))
         categories = rng.permutation(list(CATEGORIES))[:count]
@@ -98,9 +101,9 @@ class Painter:
             canvas.paste(drawn, (int(x), int(y)), drawn)
             covered = np.asarray(drawn.getchannel("A")) >= OPAQUE
             mask[y : y + drawn.height, x : x + drawn.width][covered] = index + 1
-        return Scene(name, tuple(things), photograph, np.asarray(canvas), mask)
+        return Scene(name, tuple(things), photograph, tint, np.asarray(canvas), mask)
 
-    def _background(self, name: str, rng: np.random.Generator) -> Image.Image:
+    def _background(self, name: str, tint: int, rng: np.random.Generator) -> Image.Image:
         grey = self.photographs[name]
         side = int(rng.integers(SIDE, min(grey.size), endpoint=True))
         x, y = (int(rng.integers(0, length - side, endpoint=True)) for length in grey.size)
@@ -109,8 +112,9 @@ class Painter:
             crop = ImageOps.mirror(crop)
         levels = np.asarray(crop, np.float32)
         levels = (levels - levels.mean()) / max(float(levels.std()), 1.0) * rng.uniform(25, 45) + rng.uniform(90, 160)
-        tinted = levels[:, :, None] * rng.uniform(0.75, 1.25, size=3).astype(np.float32)
-        return Image.fromarray(np.clip(tinted, 0, 255).astype(np.uint8))
+        channels = rng.uniform(0.75, 1.0, size=3).astype(np.float32)
+        channels[tint] = rng.uniform(1.1, 1.25)
+        return Image.fromarray(np.clip(levels[:, :, None] * channels, 0, 255).astype(np.uint8))
 
 
 def _glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
@@ -177,16 +181,16 @@ def write_split(folder: Path, painter: Painter, count: int, seed: int) -> None:
         asked.append(conversation(scene, [(question, answer) for _, question, answer in turns]))
         for kind, question, answer in turns:
             single.append({"image": asked[-1]["image"], "kind": kind, "question": question, "answer": answer})
+    of = {
+        "category": lambda scene: scene.things[0].category,
+        "count": lambda scene: NUMBERS[len(scene.things)],
+        "photograph": lambda scene: scene.photograph,
+        "tint": lambda scene: TINTS[scene.tint],
+    }
+    names = [entry["image"] for entry in asked]
     labels = {
-        "images": [entry["image"] for entry in asked],
-        "labels": {
-            "category": [scene.things[0].category for scene in scenes],
-            "count": [NUMBERS[len(scene.things)] for scene in scenes],
-            "photograph": [scene.photograph for scene in scenes],
-            "glyph": [f"{scene.things[0].category} {scene.things[0].glyph}" for scene in scenes],
-        },
-        "asked": ["category", "count"],
-        "unasked": ["photograph", "glyph"],
+        target: {name: of[target](scene) for name, scene in zip(names, scenes, strict=True)}
+        for target in (*ASKED, *UNASKED)
     }
     contents = {"captions": captions, "questions": asked, "labels": labels, "eval": single}
     for name, content in contents.items():

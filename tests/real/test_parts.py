@@ -57,7 +57,7 @@ def test_the_language_model_answers_and_predicts_english():
 @torch.no_grad()
 def test_the_assembled_model_keeps_its_parts_and_starts_at_the_text_norm():
     parts = fetch()
-    model, processor = assemble(parts.vision, parts.language, vision_feature_layer=-4, image_size=112)
+    model, processor = assemble(parts.vision, parts.language, vision_feature_layer=-3, image_size=112)
     for source, inside in (
         (AutoModel.from_pretrained(parts.vision), model.model.vision_tower),
         (AutoModelForCausalLM.from_pretrained(parts.language).model, model.model.language_model),

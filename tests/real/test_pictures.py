@@ -15,7 +15,7 @@ from tests.real.pictures import CATEGORIES, PLACES, Scene, Thing
 
 def scene(*things: Thing) -> Scene:
     blank = np.zeros((pictures.SIDE, pictures.SIDE), np.uint8)
-    return Scene("007", things, "moon", np.stack([blank] * 3, axis=2), blank)
+    return Scene("007", things, "moon", 2, np.stack([blank] * 3, axis=2), blank)
 
 
 TWO = scene(Thing("clock", 0, 3), Thing("animal", 2, 0))
@@ -71,12 +71,15 @@ def test_the_set_is_whole_exact_and_repeatable(tmp_path):
     test = first / "test"
     labels = json.loads((test / "labels.json").read_text())
     asked = json.loads((test / "questions.json").read_text())
-    assert labels["images"] == [entry["image"] for entry in asked]
+    assert set(labels) == {*pictures.ASKED, *pictures.UNASKED}
+    assert all(list(of) == [entry["image"] for entry in asked] for of in labels.values())
     assert {path.parent.name for path in (test / "images").rglob("*.png")} <= set(CATEGORIES)
-    for name, category in zip(labels["images"], labels["labels"]["category"], strict=True):
+    for name, category in labels["category"].items():
         assert name.startswith(f"{category}/")
         pixels, mask = Image.open(test / "images" / name), np.asarray(Image.open(test / "masks" / name))
         assert pixels.size == mask.shape[::-1] == (pictures.SIDE, pictures.SIDE)
+        background = np.asarray(pixels)[mask == 0].mean(axis=0)
+        assert pictures.TINTS[int(background.argmax())] == labels["tint"][name]
         sizes = [int((mask == value).sum()) for value in range(1, int(mask.max()) + 1)]
         assert min(sizes) > 200
     single = json.loads((test / "eval.json").read_text())
