@@ -232,8 +232,8 @@ def test_bad_input_is_named(tmp_path, parts, world):
     Image.fromarray(np.zeros((5, 7), np.uint8)).save(masks / "blue" / "00.png")
     with pytest.raises(ValueError, match="no class has three pictures"):
         diagnose(*parts, images, progress=False)
-    with pytest.raises(ValueError, match="the mask of 'blue/00.png' is 7 × 5 pixels, its picture 32 × 32"):
-        diagnose(*parts, images, masks=masks, labels=["a", "b", "c"] * 2, progress=False)
+    with pytest.raises(ValueError, match=r"the mask of 'blue/00\.png' is 7 × 5 pixels, its picture 32 × 32"):
+        diagnose(*parts, images, masks=masks, labels=["a", "b"] * 3, progress=False)
     with pytest.raises(ValueError, match=r"layer 9 does not exist in this 'llava' model: allowed are 0 to 4"):
         diagnose(*parts, world[0], layers=[9], progress=False)
     with pytest.raises(ValueError, match=r"layers is empty; give \"all\" or at least one layer"):

@@ -1,0 +1,124 @@
+"""One diagnosis pass against the plain forward of the same decoded batches, without LM head and cache; and its memory.
+
+    python benchmarks/capture.py
+
+The pass takes probe features, patch structure and the spectrum's tokens at all layers; on top of the paired ratio come
+the calibration pass and the eigenvalues at the end, as shares of 1,000 pictures. Bound: 1.25 times, on a tiny and a
+135 M model. Memory: what a whole `diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from _models import build
+from _timing import finish, paired, ratio_of, seconds, verdict
+from PIL import Image
+
+PICTURES, BATCH = 1000, 8
+GROWTH = 32  # MiB that memory may grow from 100 to 2,000 pictures
+
+
+def picture(index: int, side: int = 64) -> tuple[Image.Image, np.ndarray]:
+    """Noise on four quarters, each an object."""
+    generator = np.random.default_rng(index)
+    half = side // 2
+    mask = np.kron(np.array([[1, 2], [3, 4]], dtype=np.uint8), np.ones((half, half), dtype=np.uint8))
+    colours = generator.integers(0, 255, (5, 3))
+    pixels = colours[mask] + generator.normal(0, 20, (side, side, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
+
+
+def overhead(shape: str, pairs: int) -> bool:
+    from keepsight.diagnosis.batches import Loader, render_prompt
+    from keepsight.diagnosis.data import find_pictures
+    from keepsight.diagnosis.run import SAMPLE, accumulate, forward, measure
+    from keepsight.diagnosis.summary import image_rows, spectrum_rows
+    from keepsight.vlm import Vlm
+
+    torch.manual_seed(0)
+    model, processor = build(shape)
+    vlm = Vlm(model)
+    layers = range(vlm.depth + 1)
+    drawn = [picture(i) for i in range(4 * BATCH)]
+    pictures = find_pictures([image for image, _ in drawn], masks=[mask for _, mask in drawn])
+    loader = Loader(vlm, processor, pictures.items, render_prompt(processor, "Describe the picture."), BATCH, seed=0)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        accumulator, _ = measure(vlm, loader, layers, Path(folder))
+        loader.rate = min(1.0, max(SAMPLE, 2 * vlm.width) / (PICTURES * 64))  # as in a run of 1,000 pictures
+        batches = list(loader.batches(range(len(drawn)), masks=True))
+        turn = iter(range(10**9))
+
+        def plain() -> None:
+            vlm.forward_core(**batches[next(turn) % 4].inputs)
+
+        def diagnosed() -> None:
+            accumulate(vlm, batches[next(turn) % 4], accumulator)
+
+        slow, fast = paired(diagnosed, plain, pairs)
+        ratio = ratio_of(slow, fast)
+        whole = float(np.mean(fast)) * PICTURES / BATCH
+        calibration = seconds(lambda: forward(vlm, batches[0], layers, lambda layer, tokens: tokens.double().sum()))
+        calibrating = calibration * 32 / BATCH / whole
+        position = vlm.depth // 2
+        rows = seconds(lambda: image_rows(accumulator, seed=0))
+        end = seconds(lambda: spectrum_rows(accumulator, position, seed=0)) * (vlm.depth + 1) + rows
+    print(f"{shape}: plain forward {1e3 * np.mean(fast):.0f} ms a batch of {BATCH}; the pass alone {ratio}")
+    print(
+        f"{shape}: of {PICTURES} pictures, calibration +{calibrating:.3f}, eigenvalues +{end / whole:.3f} ({end:.1f} s)"
+    )
+    return verdict(f"capture, {shape}", ratio.plus(calibrating + end / whole), at_most=1.25)
+
+
+def peak_above_model(n: int) -> float:
+    """MiB of a `diagnose` with probes and masks of n pictures; a process of its own."""
+    from keepsight.diagnosis import diagnose
+
+    model, processor = build("tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("images", "masks"):
+            (Path(folder) / kind).mkdir()
+        for i in range(n):
+            image, mask = picture(i)
+            image.save(Path(folder) / "images" / f"{i:05d}.png")
+            Image.fromarray(mask).save(Path(folder) / "masks" / f"{i:05d}.png")
+        before = current_memory()
+        labels = [f"class {i % 5}" for i in range(n)]
+        images, masks = Path(folder) / "images", Path(folder) / "masks"
+        diagnose(model, processor, images, labels=labels, masks=masks, progress=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def current_memory() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def memory() -> bool:
+    peaks = {}
+    for n in (100, 2000):
+        command = [sys.executable, __file__, "--memory-of", str(n)]
+        peaks[n] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    growth = peaks[2000] - peaks[100]
+    print(f"memory above the model: {peaks[100]:.0f} MiB for 100 pictures, {peaks[2000]:.0f} MiB for 2,000")
+    print(f"growth {growth:.0f} MiB, at most {GROWTH}: {'holds' if growth <= GROWTH else 'MISSED'}")
+    return growth <= GROWTH
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory-of", type=int, metavar="N", help="print the memory for N pictures and stop")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(peak_above_model(arguments.memory_of))
+        return
+    finish(overhead("tiny", pairs=40), overhead("135M", pairs=10), memory())
+
+
+if __name__ == "__main__":
+    main()

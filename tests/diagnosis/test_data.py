@@ -1,0 +1,148 @@
+"""Pictures, labels and masks: what is found, in which order, and what is refused with which words."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keepsight.diagnosis.data import PictureError, components, find_pictures, read_mask
+
+
+def save(path, size=(6, 4), value=0, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("dog/b.png", "dog/a.jpg", "cat/x/c.PNG", "cat/.hidden.png"):
+        save(tmp_path / "images" / name)
+    (tmp_path / "images" / "dog" / "notes.txt").write_text("no picture")
+    return tmp_path / "images"
+
+
+def test_folder_of_classes_in_a_fixed_order(folder):
+    found = find_pictures(folder)
+    assert [item.name for item in found.items] == ["cat/x/c.PNG", "dog/a.jpg", "dog/b.png"]
+    assert found.labels == {"class": ["cat", "dog", "dog"]}
+    assert find_pictures(folder, labels={"size": [1, 2, None]}).labels == {"size": ["1", "2", None]}
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    save(tmp_path / "b.png")
+    save(tmp_path / "a.png")
+    found = find_pictures(str(tmp_path))
+    assert [item.name for item in found.items] == ["a.png", "b.png"]
+    assert found.labels == {}
+
+
+def test_masks_mirror_the_folder_by_stem(folder, tmp_path):
+    save(tmp_path / "masks" / "dog" / "a.png", mode="L", value=3)
+    found = find_pictures(folder, masks=tmp_path / "masks")
+    assert [item.mask is not None for item in found.items] == [False, True, False]
+    image, mask = found.items[1].open()
+    assert image.size == (6, 4)
+    assert mask.shape == (4, 6)
+    assert (mask == 3).all()
+    with pytest.raises(ValueError, match=r"has no mask for any of the 3 pictures; expected 'cat/x/c.png' for"):
+        find_pictures(folder, masks=save(tmp_path / "empty" / "z.png").parent)
+
+
+def test_hugging_face_dataset():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"picture": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]), "seg": datasets.Image()}
+    )
+    rows = {
+        "picture": [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(3)],
+        "label": [1, 0, -1],
+        "seg": [Image.new("L", (6, 4), i) for i in range(3)],
+    }
+    dataset = datasets.Dataset.from_dict(rows, features=features).rename_column("picture", "image")
+    found = find_pictures(dataset, masks="seg")
+    assert found.labels == {"class": ["dog", "cat", None]}
+    image, mask = found.items[2].open()
+    assert image.getpixel((0, 0)) == (2, 0, 0)
+    assert (mask == 2).all()
+    with pytest.raises(ValueError, match="the dataset has no image column"):
+        find_pictures(dataset.select_columns(["label"]))
+
+
+def test_exif_orientation_is_applied_before_the_mask_is_compared(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert find_pictures([tmp_path / "a.jpg"], masks=[np.zeros((6, 4), np.uint8)]).items[0].open()[0].size == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text"])
+def test_unreadable_pictures_are_named(tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind == "truncated":
+        generator = np.random.default_rng(0)
+        Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:4000])
+    elif kind == "text":
+        path.write_text("no picture")
+    with pytest.raises(PictureError, match=r"image '.*a\.png' cannot be read .* skip_broken=True"):
+        find_pictures([path]).items[0].open()
+
+
+def test_paths_stay_inside_the_folder(tmp_path):
+    outside = save(tmp_path / "outside" / "secret.png")
+    save(tmp_path / "images" / "a.png")
+    os.symlink(outside, tmp_path / "images" / "b.png")
+    with pytest.raises(ValueError, match=r"'b\.png' leads out of the folder"):
+        find_pictures(tmp_path / "images")
+    (tmp_path / "images" / "b.png").unlink()
+    (tmp_path / "masks").mkdir()
+    os.symlink(outside, tmp_path / "masks" / "a.png")
+    with pytest.raises(ValueError, match=r"'a\.png' leads out of the folder"):
+        find_pictures(tmp_path / "images", masks=tmp_path / "masks")
+    (tmp_path / "images" / "inner.png").symlink_to(tmp_path / "images" / "a.png")
+    assert len(find_pictures(tmp_path / "images")) == 2
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    save(folder / "root.png")
+    with pytest.raises(ValueError, match=r"holds pictures directly \(such as 'root.png'\) and in subfolders"):
+        find_pictures(folder)
+    (folder / "root.png").unlink()
+    (tmp_path / "nothing").mkdir()
+    for images, text in (
+        ("https://example.org/cat.png", "is a URL; pictures are read from local files only"),
+        (["https://example.org/cat.png"], "is a URL; pictures are read from local files only"),
+        (tmp_path / "absent", "does not exist or is no folder"),
+        (tmp_path / "nothing", "no pictures in .*; expected files ending in .bmp"),
+        ([3], "a picture is a path or a PIL image; got int"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=text):
+            find_pictures(images)
+    with pytest.raises(ValueError, match="label set 'class' must be a list with one label for each of the 3 pictures"):
+        find_pictures(folder, labels=["cat"])
+    with pytest.raises(ValueError, match="2 masks for 3 pictures; give one"):
+        find_pictures(folder, masks=[None, None])
+
+
+def test_masks_are_index_pictures():
+    assert read_mask(Image.new("P", (2, 3), 7), "a").tolist() == [[7, 7]] * 3
+    with pytest.raises(ValueError, match=r"the mask of 'a' is a RGB picture; expected one channel \(mode L or P\)"):
+        read_mask(Image.new("RGB", (2, 3)), "a")
+    with pytest.raises(
+        ValueError, match=r"must be a \[H, W\] array of values 0 … 255; got shape \(2, 2\), values 0 … 300"
+    ):
+        read_mask(np.array([[0, 300], [1, 2]]), "a")
+
+
+def test_components_by_hand():
+    mask = np.array(
+        [
+            [5, 5, 0, 5],
+            [0, 5, 0, 0],
+            [7, 0, 5, 255],  # the 5 touches the one above by its corner
+        ],
+        dtype=np.uint8,
+    )
+    assert components(mask).tolist() == [[1, 1, 0, 2], [0, 1, 0, 0], [3, 0, 1, 255]]
