@@ -13,7 +13,8 @@ from keepsight.pre import Handle, attach
 from keepsight.results import RunDirectory, fingerprint, write_file
 from keepsight.training.arguments import training_arguments
 from keepsight.training.collator import Collator
-from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
+from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
+from keepsight.training.conversations import ConversationSource
 from keepsight.training.data import ConversationDataset, load_source
 from keepsight.training.encode import Encoder
 from keepsight.training.freeze import train_only
@@ -56,13 +57,12 @@ def train(
     run = _start(config) if main else None
     try:
         set_seed(config.seed)
+        sources = {} if datasets else _sources(config)  # before the model: cheap, and the likelier to be refused
         if model is None:
             model, processor = build_model(config.model, seed=config.seed)
-        datasets = datasets or _datasets(config, processor)
-        for name, stage in config.stages().items():
+        datasets = datasets or _datasets(config, sources, processor)
+        for stage in config.stages().values():
             train_only(model, stage.train)
-            if len(datasets[name]) == 0:
-                raise ValueError(f"stage '{name}' has no entry to train on.")
         before = fingerprint(model)
     except BaseException:
         if run is not None:
@@ -130,17 +130,26 @@ def read_curves(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _datasets(config: TrainConfig, processor: Any) -> dict[str, ConversationDataset]:
-    """The stages' data; two stages on the same data share one set, and so its cache."""
-    encoder = Encoder(processor, config.max_length)
-    made: dict[Any, ConversationDataset] = {}
+def _sources(config: TrainConfig) -> dict[DataConfig, ConversationSource]:
+    """The data that the stages name, checked; stages on the same data share it."""
+    sources: dict[DataConfig, ConversationSource] = {}
     for stage in config.stages().values():
         data = config.data_of(stage)
-        if data not in made:
-            settings = asdict(data)
-            cache = settings.pop("cache_megabytes")
-            source = load_source(**settings, skip_broken=config.skip_broken)
-            made[data] = ConversationDataset(source, encoder, skip_broken=config.skip_broken, cache_megabytes=cache)
+        if data not in sources:
+            settings = {name: value for name, value in asdict(data).items() if name != "cache_megabytes"}
+            sources[data] = load_source(**settings, skip_broken=config.skip_broken)
+    return sources
+
+
+def _datasets(
+    config: TrainConfig, sources: Mapping[DataConfig, ConversationSource], processor: Any
+) -> dict[str, ConversationDataset]:
+    """The stages' data sets; stages on the same data share one, and so its cache."""
+    encoder = Encoder(processor, config.max_length)
+    made = {
+        data: ConversationDataset(source, encoder, skip_broken=config.skip_broken, cache_megabytes=data.cache_megabytes)
+        for data, source in sources.items()
+    }
     return {name: made[config.data_of(stage)] for name, stage in config.stages().items()}
 
 

@@ -96,7 +96,8 @@ def model_folder(path: str | Path) -> str:
     folder = Path(path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         return str(folder / "model")
-    if not folder.exists() and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
+    # A hub id is owner/name; a path whose first folder is here is no hub id.
+    if not folder.exists() and (len(folder.parts) != 2 or folder.is_absolute() or Path(folder.parts[0]).exists()):
         raise FileNotFoundError(
             f"the model '{path}' does not exist; give a directory in transformers format or a hub id such as "
             "'llava-hf/llava-1.5-7b-hf'."

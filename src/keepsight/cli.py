@@ -1,0 +1,68 @@
+"""The command line: `keepsight COMMAND …`. Each command loads what it needs only when it is called."""
+
+import argparse
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from keepsight import __version__
+
+# Command → what its help says. The module keepsight.commands.<command> has `main(arguments) -> None`.
+COMMANDS = {
+    "demo": "train the tiny testbed model without and with PRe, diagnose both, write one report (minutes, offline)",
+    "diagnose": "measure what is left of pictures at every layer of a model; rows, report and configuration",
+    "train": "train a model in LLaVA's two stages from a recipe, with PRe or without",
+}
+PACKAGE = Path(__file__).resolve().parent
+USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        if not given or given[0].startswith("-"):
+            _parser().parse_args(given or ["--help"])
+        elif given[0] not in COMMANDS:
+            _parser().error(f"there is no command '{given[0]}'; allowed: {', '.join(COMMANDS)}")
+        else:
+            import_module(f"keepsight.commands.{given[0]}").main(given[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug or not is_user_error(error):
+            raise
+        print(f"keepsight: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether an error says by itself what to mend: raised by keepsight's own code, or a full disk anywhere.
+
+    A ValueError from the inside of a library is a bug of ours, and keeps its traceback.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+    return ours and isinstance(error, USER_ERRORS)
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="keepsight",
+        usage="keepsight COMMAND [options]",
+        description="See how much of a picture survives inside a multimodal LLM, and train the model to keep it.",
+        epilog=f"commands:\n{listed}\n\nkeepsight COMMAND --help tells more. --debug shows the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"keepsight {__version__}")
+    return parser

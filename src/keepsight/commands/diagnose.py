@@ -1,0 +1,177 @@
+"""`keepsight diagnose MODEL --images DIR`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from keepsight.settings import add_fields, build, normalise
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig:
+    """What is measured, on what.
+
+    Attributes:
+        model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
+        images: folder of pictures, with a subfolder for each class or none; or a HuggingFace data set on disk.
+        masks: folder with <stem>.png for each picture: 0 background, 255 ignored, other values objects.
+        labels: JSON file {"label set": {"picture's path in the folder": "label", …}, …}; null = the subfolders.
+        out: the run's folder.
+        label: the run's name in the report; null = the model's.
+        layers: "all", or a list of layer indices such as [0,8,16].
+        batch_size: pictures at once.
+        seed: of the splits and samples.
+        skip_broken: leave out and count pictures that cannot be read.
+        split_components: count each connected part of a mask's value as an object (for semantic masks).
+        device: "auto" (a GPU if there is one), "cpu", "cuda", …
+        dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        trust_remote_code: run Python code that comes with the checkpoint. Off unless you know its author.
+        overwrite: replace the run that the folder holds.
+    """
+
+    model: str
+    images: str
+    out: str
+    masks: str | None = None
+    labels: str | None = None
+    label: str | None = None
+    layers: list[int] | str = "all"
+    batch_size: int = 8
+    seed: int = 0
+    skip_broken: bool = False
+    split_components: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, how in (
+            ("model", "as the first argument"),
+            ("images", "with --images DIR"),
+            ("out", "with --out DIR"),
+        ):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not given; give it {how}.")
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise ValueError(f"layers is {self.layers!r}; allowed: 'all' or a list of indices such as [0,8,16].")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; allowed: 1 or more.")
+
+
+def parse(arguments: Sequence[str]) -> DiagnoseConfig:
+    """The command's settings."""
+    parser = ArgumentParser(
+        prog="keepsight diagnose",
+        usage="keepsight diagnose MODEL --images DIR --out DIR [--masks DIR] [options]",
+        description="Measure what is left of pictures at every layer of a model.",
+    )
+    parser.add_argument("--config", action="config", help="A YAML file with these fields.")
+    add_fields(parser, DiagnoseConfig)
+    given = list(arguments) or ["--help"]
+    if not given[0].startswith("-"):
+        given.insert(0, "--model")
+    return build(DiagnoseConfig, parser.parse_args(normalise(given, DiagnoseConfig)))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Diagnose, write the run's folder, print the table and the verdict."""
+    config = parse(arguments)
+    _refuse_early(config)
+    import torch
+    from rich.markup import escape
+
+    from keepsight.commands.console import console, quiet
+
+    quiet()
+    from keepsight.diagnosis import diagnose
+    from keepsight.report import build as build_report
+    from keepsight.report import table, verdict
+    from keepsight.vlm.load import load_model, model_folder
+
+    images = _images(config.images)
+    labels = read_labels(config.labels, images, config.masks) if config.labels else None
+    model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    model.to(device)
+    trained = _training_run(Path(model_folder(config.model)).parent)
+    label = config.label or trained.get("label") or Path(config.model).name
+    result = diagnose(
+        model,
+        processor,
+        images,
+        labels=labels,
+        masks=config.masks,
+        layers=config.layers,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        skip_broken=config.skip_broken,
+        split_components=config.split_components,
+        pre_layer=trained.get("pre_layer"),
+        label_run=label,
+    )
+    run = result.save(config.out, overwrite=config.overwrite)
+    run.write_config(config)
+    report = build_report([run], run.path / "report.html")
+    console.print(table([run]))
+    for reason in run.info.get("skipped", []):
+        console.print(f"[yellow]left out: {escape(reason)}[/yellow]")
+    console.print(verdict([run]))
+    console.print(f"report: {report}")
+
+
+def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str | None]]:
+    """Label sets from a JSON file, one label (or None) for each picture in its order.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not {"label set": {"picture": "label"}}, or names a picture that is not there.
+    """
+    from keepsight.diagnosis.data import find_pictures
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"the label file '{path}' does not exist.")
+    try:
+        sets = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as cause:
+        raise ValueError(f"'{path}' is not valid JSON ({cause}).") from cause
+    if not isinstance(sets, dict) or not sets or not all(isinstance(labels, dict) for labels in sets.values()):
+        raise ValueError(f'\'{path}\' must hold {{"label set": {{"picture": "label", …}}, …}}.')
+    names = [item.name for item in find_pictures(images, masks=masks).items]
+    for target, labels in sets.items():
+        if unknown := sorted(set(labels) - set(names)):
+            raise ValueError(
+                f"'{path}' labels {len(unknown)} pictures in '{target}' that are not there, such as '{unknown[0]}'; "
+                f"names are paths in the image folder, such as '{names[0]}'."
+            )
+    return {target: [labels.get(name) for name in names] for target, labels in sets.items()}
+
+
+def _refuse_early(config: DiagnoseConfig) -> None:
+    """A folder that cannot take the run is refused before the work, not after it."""
+    from keepsight.results import RunDirectory
+
+    folder = Path(config.out)
+    held = folder.is_dir() and any(folder.iterdir())
+    if held and not (config.overwrite and (folder / "run.json").is_file()):
+        RunDirectory.create(folder, label=folder.name)
+
+
+def _images(path: str) -> Any:
+    """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
+    if (Path(path) / "state.json").is_file():
+        from datasets import load_from_disk
+
+        return load_from_disk(path)
+    return path
+
+
+def _training_run(folder: Path) -> dict[str, Any]:
+    """run.json of the training run that a checkpoint belongs to; empty if there is none."""
+    file = folder / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,56 @@
+"""`keepsight train RECIPE.yaml`."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from keepsight.settings import add_fields, build, normalise
+from keepsight.training.config import TrainConfig
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The run's configuration: the recipe, then the flags that override it."""
+    parser = ArgumentParser(
+        prog="keepsight train",
+        usage="keepsight train RECIPE.yaml [--pre.layer 16] [--FIELD VALUE …] [--print-config]",
+        description="Train in two stages, LLaVA's: the projector, then the projector with the language model. "
+        "Any field of the recipe is a flag. --pre.weight 0 trains without PRe.",
+    )
+    parser.add_argument("--config", action="config", help="The recipe, also as the first argument.")
+    add_fields(parser, TrainConfig)
+    return build(TrainConfig, parser.parse_args(normalise(arguments or ["--help"], TrainConfig)))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, and say where the model lies and what was left out."""
+    config = parse(arguments)
+    if find_spec("accelerate") is None:
+        raise ImportError('training needs extra packages: pip install "keepsight[train]"')
+    from keepsight.commands.console import console, quiet
+
+    quiet()
+    from keepsight.training.recipe import MODEL, read_curves, train
+
+    run = train(config)
+    for name in config.stages():
+        console.print(f"stage {name}: {_last(read_curves(run.path), name)}")
+    for what, count in run.info["counts"].items():
+        if what.split(": ")[1] not in ("entries", "steps", "parameters trained"):
+            console.print(f"[yellow]{what}: {count}[/yellow]")
+    console.print(f"model and processor: {run.path / MODEL}")
+    console.print(f"next: keepsight diagnose {run.path} --images DIR --out DIR")
+
+
+def _last(curves: list[dict[str, Any]], stage: str) -> str:
+    """The stage's first and last logged language-model loss, and the last PRe cosine with its margin."""
+    logged = [entry for entry in curves if entry["stage"] == stage and "lm_loss" in entry]
+    if not logged:
+        return "nothing was logged; lower trainer.logging_steps"
+    text = f"loss {logged[0]['lm_loss']:.3f} → {logged[-1]['lm_loss']:.3f}"
+    if "pre_cosine" in logged[-1]:
+        text += f", PRe cosine {logged[-1]['pre_cosine']:.3f}"
+    if "pre_margin" in logged[-1]:
+        text += f" (margin over other pictures' anchors {logged[-1]['pre_margin']:.3f})"
+    return text
