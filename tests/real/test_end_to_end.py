@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,6 +30,7 @@ DEPTH = 30
 ASKED_PICTURES = 8 if SHORT else 80
 LAYER_METRICS = {"probe_accuracy", "cohesion", "coupling", "gap", "contrast", "participation_ratio", "entropy_rank",
                  "feature_correlation", "token_homogeneity", "token_norm"}  # fmt: skip
+ONE_LAYER_METRICS = {"probe_drop": 15, "probe_worst_layer": None}  # the middle layer; one chosen from the data
 
 learned = pytest.mark.skipif(SHORT, reason="KEEPSIGHT_REAL_STEPS is set: too few steps to learn anything")
 
@@ -107,11 +107,11 @@ def curve(run: Path, stage: str, name: str) -> list[float]:
     return [entry[name] for entry in read_curves(run) if entry["stage"] == stage and name in entry]
 
 
-def by_metric(rows: list[Measurement]) -> dict[tuple[Any, ...], list[Measurement]]:
-    """Rows with a layer, by everything but the layer."""
+def by_metric(rows: list[Measurement]) -> dict[tuple[str, ...], list[Measurement]]:
+    """Rows of the metrics that every layer has, by (metric, target, variant, tokens)."""
     found = defaultdict(list)
     for row in rows:
-        if row.layer is not None:
+        if row.layer is not None and row.metric not in ONE_LAYER_METRICS:
             found[row.metric, row.target, row.variant, row.tokens].append(row)
     return found
 
@@ -172,11 +172,12 @@ def test_every_metric_has_a_row_at_every_layer(diagnosed, arm):
     found = by_metric(diagnosed[arm].read_rows())
     assert {metric for metric, *_ in found} >= LAYER_METRICS
     for key, rows in found.items():
-        layers = sorted(row.layer for row in rows)
-        assert layers in (list(range(DEPTH + 1)), list(range(1, DEPTH + 1))), key
-        if key[0] != "probe_drop":  # which layer 0 does not have: it is measured against it
-            assert layers[0] == 0, key
+        assert sorted(row.layer for row in rows) == list(range(DEPTH + 1)), key
         assert all(row.value is not None or row.note for row in rows), key
+    for metric, layer in ONE_LAYER_METRICS.items():
+        rows = [row for row in diagnosed[arm].read_rows() if row.metric == metric]
+        assert {row.target for row in rows} == {*pictures.ASKED, *pictures.UNASKED}
+        assert layer is None or {row.layer for row in rows} == {layer}
     assert (diagnosed[arm].path / "report.html").stat().st_size > 100_000
 
 
@@ -185,15 +186,6 @@ def test_every_metric_has_a_row_at_every_layer(diagnosed, arm):
 def test_the_numbers_are_those_of_a_model_that_sees(diagnosed, arm):
     """Known from how the set was made: eight classes, objects that are alike inside."""
     found = by_metric(diagnosed[arm].read_rows())
-    probe = next(
-        rows
-        for (metric, _, variant, _), rows in found.items()
-        if metric == "probe_accuracy" and "shuffled" not in variant
-    )
+    probe = found["probe_accuracy", "category", "", "all"]
     assert max(row.value for row in probe) > 0.5  # chance is an eighth
-    gap = next(
-        rows
-        for (metric, _, variant, tokens), rows in found.items()
-        if (metric, variant, tokens) == ("gap", "raw", "all")
-    )
-    assert all(row.value > 0 for row in gap)
+    assert all(row.value > 0 for row in found["gap", "", "raw", "all"])
