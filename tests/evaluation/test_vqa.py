@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 from scipy.stats import norm
 
-from keepsight.evaluation.vqa import VqaItem, answer_accuracy, interval, normalise, text_only_prior
+from keepsight.evaluation.vqa import VqaItem, answer_accuracy, interval, matches, normalise, text_only_prior
 from keepsight.testbed import models
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.scenes import draw_scenes
@@ -23,6 +23,16 @@ def test_normalise():
     assert normalise("Three") == normalise("3") == "3"
     assert normalise("a  red\nball!") == "red ball"
     assert normalise("anthem") == "anthem"
+
+
+def test_ending_must_be_the_answer_itself():
+    item = VqaItem("where is the ring ?", "top left", match="ending")
+    assert matches(item, "ring top left")
+    assert matches(item, "Top left.")
+    assert not matches(item, "top left ring")
+    assert not matches(item, "left")
+    assert not matches(VqaItem("q", "top left"), "ring top left")
+    assert not matches(VqaItem("q", "the", match="ending"), "anything")
 
 
 def test_prior_by_hand():
@@ -106,8 +116,8 @@ def test_right_padding_would_have_been_noticed(vlm, monkeypatch):
 
 def test_scores_exact_matches_and_leaves_the_mode(vlm, tmp_path):
     model, processor = vlm
-    item = vqa_items(draw_scenes(6, 1), turns=1)[0]
-    said = answer_accuracy(model, processor, [item], max_new_tokens=3).records[0].prediction
+    records = answer_accuracy(model, processor, vqa_items(draw_scenes(6, 3), turns=2), max_new_tokens=3).records
+    item, said = next((r.item, r.prediction) for r in records if normalise(r.prediction))
     item.image.save(tmp_path / "a.png")
     right = VqaItem(item.question, f"{said}.", image=tmp_path / "a.png", kind="x", picture="a")
     wrong = VqaItem(item.question, f"{said} extra", image=str(tmp_path / "a.png"), kind="y", picture="a")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keepsight.testbed import scenes as world
-from keepsight.testbed.language import CAPTION_REQUEST, QUESTION_TYPES, caption, describe, questions, words
+from keepsight.testbed.language import CAPTION_REQUEST, QUESTION_TYPES, Turn, caption, describe, questions, words
 from keepsight.testbed.models import load_tokenizer
 from keepsight.testbed.scenes import Scene, SceneObject, draw_scene, draw_scenes
 
@@ -58,11 +58,28 @@ def answer_from_picture_truth(scene: Scene, question: str) -> str:
     raise AssertionError(f"no rule for {question!r}")
 
 
+def grounds_are_true(scene: Scene, turn: Turn) -> None:
+    if turn.kind in ("color", "shape", "where", "size"):
+        assert f"the {turn.grounds} " in turn.question
+    elif turn.kind == "how many":
+        assert turn.grounds == ""
+    elif turn.kind == "is there":
+        assert f"a {turn.grounds} ?" in turn.question
+    else:
+        first, mine, second, its = turn.grounds.split()
+        assert re.search(rf"\b{first}\b.*\b{second}\b", turn.question)
+        for shape, said in ((first, mine), (second, its)):
+            o = next(o for o in scene.objects if o.shape == shape)
+            assert said == (o.color if turn.kind == "same or different" else ("left" if o.x < 32 else "right"))
+
+
 def test_every_answer_is_right():
     kinds = Counter()
     for scene in SCENES:
         for turn in questions(scene, 8):
-            assert turn.answer == answer_from_picture_truth(scene, turn.question)
+            assert turn.value == answer_from_picture_truth(scene, turn.question)
+            assert turn.answer == f"{turn.grounds} {turn.value}".strip()
+            grounds_are_true(scene, turn)
             kinds[turn.kind] += 1
     assert set(kinds) == set(QUESTION_TYPES)
     assert min(kinds.values()) > 60
@@ -72,7 +89,7 @@ def test_guessing_yes_or_counting_zero_does_not_pay():
     answers = {kind: Counter() for kind in QUESTION_TYPES}
     for scene in SCENES:
         for turn in questions(scene, 8):
-            answers[turn.kind][turn.answer] += 1
+            answers[turn.kind][turn.value] += 1
     for kind, highest in (("color", 0.25), ("shape", 0.25), ("where", 0.35), ("how many", 0.5)):
         assert max(answers[kind].values()) / answers[kind].total() < highest, kind
     for kind in ("is there", "left of", "size"):

@@ -67,10 +67,11 @@ def write_folder(folder: str | Path, scenes: Sequence[Scene], *, turns: int = 6)
 
 
 def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[VqaItem]:
-    """The scenes' questions as items for `keepsight.evaluation.vqa`, with pictures, clustered by scene."""
+    """The scenes' questions as items for `keepsight.evaluation.vqa`: the bare answers, with pictures, clustered by scene."""
     items = []
     for scene, pixels in zip(scenes, render(scenes)[0], strict=True):
         image = Image.fromarray(pixels)
         for turn in questions(scene, turns):
-            items.append(VqaItem(turn.question, turn.answer, image=image, kind=turn.kind, picture=_name(scene)))
+            name = _name(scene)
+            items.append(VqaItem(turn.question, turn.value, image, turn.kind, picture=name, match="ending"))
     return items

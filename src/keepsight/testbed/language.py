@@ -20,11 +20,21 @@ PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SH
 
 @dataclass(frozen=True)
 class Turn:
-    """One question about a picture. `kind` is one of `QUESTION_TYPES`."""
+    """One question about a picture. `kind` is one of `QUESTION_TYPES`.
+
+    Answers begin with what they rest on ("circle red", "circle left ring right yes"): what is looked up then stands
+    next to what it is looked up by, which small language models learn in a fraction of the time. `value`, at the end,
+    is the answer proper, and what is scored.
+    """
 
     question: str
-    answer: str
+    value: str
     kind: str
+    grounds: str = ""
+
+    @property
+    def answer(self) -> str:
+        return f"{self.grounds} {self.value}".strip()
 
 
 def caption(scene: Scene) -> str:
@@ -33,15 +43,13 @@ def caption(scene: Scene) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in words, in one of many phrasings and any order: what stands for the picture in text-only training."""
+    """The scene in words, in one of several phrasings, in any order: what stands for the picture in text-only training."""
     order = [scene.objects[int(i)] for i in rng.permutation(len(scene.objects))]
-    style = int(rng.integers(5))
-    if style in (0, 4):
+    style = int(rng.integers(3))
+    if style == 0:
         return caption(scene)
     if style == 1:
         return " , ".join(f"{o.size} {o.color} {o.shape} {o.place}" for o in order) + " ."
-    if style == 2:
-        return " , ".join(f"{o.place} {o.size} {o.color} {o.shape}" for o in order) + " ."
     return "there is " + " and ".join(f"a {o.size} {o.color} {o.shape} at the {o.place}" for o in order) + " ."
 
 
@@ -58,18 +66,18 @@ def _color(scene: Scene, rng: np.random.Generator) -> Turn | None:
     named = _unique(scene, "shape")
     if not named or rng.random() < 0.25:
         o = _choose(rng, scene.objects)
-        return Turn(f"what color is the {o.place} object ?", o.color, "color")
+        return Turn(f"what color is the {o.place} object ?", o.color, "color", o.place)
     o = _choose(rng, named)
-    return Turn(f"what color is the {o.shape} ?", o.color, "color")
+    return Turn(f"what color is the {o.shape} ?", o.color, "color", o.shape)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Turn | None:
     named = _unique(scene, "color")
     if not named or rng.random() < 0.5:
         o = _choose(rng, scene.objects)
-        return Turn(f"what is the {o.place} object ?", o.shape, "shape")
+        return Turn(f"what is the {o.place} object ?", o.shape, "shape", o.place)
     o = _choose(rng, named)
-    return Turn(f"what is the {o.color} object ?", o.shape, "shape")
+    return Turn(f"what is the {o.color} object ?", o.shape, "shape", o.color)
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -78,7 +86,9 @@ def _where(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if not named:
         return None
     o = _choose(rng, named)
-    return Turn(f"where is the {o.color + ' object' if by_color else o.shape} ?", o.place, "where")
+    if by_color:
+        return Turn(f"where is the {o.color} object ?", o.place, "where", o.color)
+    return Turn(f"where is the {o.shape} ?", o.place, "where", o.shape)
 
 
 def _size(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -86,7 +96,7 @@ def _size(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if not named:
         return None
     o = _choose(rng, named)
-    return Turn(f"is the {o.shape} small or large ?", o.size, "size")
+    return Turn(f"is the {o.shape} small or large ?", o.size, "size", o.shape)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -110,7 +120,9 @@ def _exists(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if rng.random() < 0.5:  # near misses: one of the two properties is really there
         other = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
         color, shape = _choose(rng, [pair for pair in other if pair not in present])
-    return Turn(f"is there a {color} {shape} ?", "yes" if (color, shape) in present else "no", "is there")
+    return Turn(
+        f"is there a {color} {shape} ?", "yes" if (color, shape) in present else "no", "is there", f"{color} {shape}"
+    )
 
 
 def _left(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -120,7 +132,9 @@ def _left(scene: Scene, rng: np.random.Generator) -> Turn | None:
         return None
     a, b = _choose(rng, pairs)
     answer = "yes" if a.column < b.column else "no"
-    return Turn(f"is the {a.shape} left of the {b.shape} ?", answer, "left of")
+    sides = ("left", "right")
+    grounds = f"{a.shape} {sides[a.column]} {b.shape} {sides[b.column]}"
+    return Turn(f"is the {a.shape} left of the {b.shape} ?", answer, "left of", grounds)
 
 
 def _same(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -132,7 +146,8 @@ def _same(scene: Scene, rng: np.random.Generator) -> Turn | None:
         return None
     a, b = _choose(rng, pairs)
     answer = "same" if a.color == b.color else "different"
-    return Turn(f"{a.shape} and {b.shape} : same or different color ?", answer, "same or different")
+    grounds = f"{a.shape} {a.color} {b.shape} {b.color}"
+    return Turn(f"{a.shape} and {b.shape} : same or different color ?", answer, "same or different", grounds)
 
 
 _ASKERS: dict[str, Callable[[Scene, np.random.Generator], Turn | None]] = {

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 QWEN2_SCENES = 14
 STAGES = {
-    "encoder": Schedule(steps=2200, batch=64, lr=1.5e-3, horizon=2600, rundown=300),
-    "llama": Schedule(steps=2000, batch=32, lr=2e-3, horizon=3000, rundown=300),
+    "encoder": Schedule(steps=2000, batch=64, lr=1.5e-3, horizon=2600, rundown=200),
+    "llama": Schedule(steps=2000, batch=32, lr=2e-3, horizon=4000, rundown=400),
     "qwen2": Schedule(steps=500, batch=32, lr=1e-3, horizon=500, rundown=100),
     "projector-llama": Schedule(steps=400, batch=32, lr=2e-3, horizon=400, rundown=100),
     "projector-qwen2": Schedule(steps=400, batch=32, lr=2e-3, horizon=400, rundown=100),
@@ -61,7 +61,7 @@ def run_stage(stage: str, work: Path, out: Path) -> None:
     else:
         lm = models.new_language_model(cast(models.Language, stage), 3)
         scenes = LLAMA_SCENES if stage == "llama" else QWEN2_SCENES
-        if stage == "qwen2":  # same shapes but for the attention's biases, which start at zero
+        if stage == "qwen2":  # the same shapes but for the attention's biases, which start at zero
             lm.load_state_dict(models.load_language_model("llama", out).state_dict(), strict=False)
         train(lm, lambda step: text_loss(lm, step, schedule.batch, seed=scenes), schedule, state)
         shipped = lm
