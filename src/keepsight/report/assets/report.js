@@ -60,7 +60,7 @@
   const sharedPanels = Object.values(data.panels).filter((panel) => panel.shared);
   const sharedRange = sharedPanels.length ? extent(sharedPanels) : null;
 
-  function layout(panel, view, scale) {
+  function layout(panel, view, scale, target) {
     const depth = Math.max(...data.runs.map((run) => run.depth), 1);
     const step = [1, 2, 4, 5, 10, 20].find((size) => depth / size <= 9) || 40;
     const axis = { gridcolor: colour("--grid"), linecolor: colour("--rule"), tickfont: { size: 11, color: colour("--soft") }, zeroline: false, fixedrange: true };
@@ -76,6 +76,7 @@
     if (chance) annotations.push({ x: depth, xanchor: "right", y: chance.y[0] * scale, yanchor: "bottom", text: "chance", showarrow: false, font: { size: 11, color: colour("--faint") } });
     const range = panel.shared && sharedRange ? sharedRange.map((value) => value * scale) : undefined;
     return {
+      width: target.clientWidth, height: target.clientHeight, // given, so that print and narrow windows fit at once
       margin: { l: 46, r: 12, t: 18, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, shapes, annotations,
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--ink") }, hovermode: "x unified", dragmode: false,
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { size: 12, color: colour("--ink") } },
@@ -98,7 +99,7 @@
     const section = target.closest("section");
     const view = pick(panel, section);
     const scale = panel.percent ? 100 : 1;
-    Plotly.react(target, traces(view, scale), layout(panel, view, scale), { displayModeBar: false, responsive: true });
+    Plotly.react(target, traces(view, scale), layout(panel, view, scale, target), { displayModeBar: false });
     const label = [view.variant, view.tokens === "all" ? "" : view.tokens].filter(Boolean).join(", ");
     const heading = target.closest("figure").querySelector("h4");
     let small = heading.querySelector("small");
@@ -121,13 +122,20 @@
     setTheme(current());
   });
   prefersDark.addEventListener("change", () => setTheme(current()));
+  let pending;
+  addEventListener("resize", () => { clearTimeout(pending); pending = setTimeout(drawAll, 150); });
   let folded = [];
   addEventListener("beforeprint", () => {
     folded = [...document.querySelectorAll("details.more:not([open])")];
     folded.forEach((details) => (details.open = true));
+    root.classList.add("printing");
     setTheme("light");
   });
-  addEventListener("afterprint", () => { folded.forEach((details) => (details.open = false)); setTheme(current()); });
+  addEventListener("afterprint", () => {
+    folded.forEach((details) => (details.open = false));
+    root.classList.remove("printing");
+    setTheme(current());
+  });
 
   document.querySelectorAll("input[data-select]").forEach((input) => input.addEventListener("change", () => input.closest("section").querySelectorAll(".plot").forEach(draw)));
   document.querySelectorAll("details.more").forEach((details) => details.addEventListener("toggle", () => details.querySelectorAll(".plot").forEach(draw)));
