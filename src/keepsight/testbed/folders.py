@@ -67,7 +67,7 @@ def write_folder(folder: str | Path, scenes: Sequence[Scene], *, turns: int = 6)
 
 
 def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[VqaItem]:
-    """The scenes' questions as items for `keepsight.evaluation.vqa`: the bare answers, with pictures, clustered by scene."""
+    """The scenes' questions as items for `keepsight.evaluation.vqa`: bare answers, with pictures, by scene."""
     items = []
     for scene, pixels in zip(scenes, render(scenes)[0], strict=True):
         image = Image.fromarray(pixels)

@@ -43,7 +43,7 @@ def caption(scene: Scene) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in words, in one of several phrasings, in any order: what stands for the picture in text-only training."""
+    """The scene in words, in one of several phrasings, in any order: the picture's stand-in in text-only training."""
     order = [scene.objects[int(i)] for i in rng.permutation(len(scene.objects))]
     style = int(rng.integers(3))
     if style == 0:
