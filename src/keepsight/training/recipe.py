@@ -63,6 +63,8 @@ def train(
         datasets = datasets or _datasets(config, sources, processor)
         for stage in config.stages().values():
             train_only(model, stage.train)
+        with attach(model, config.pre):
+            pass  # a layer that does not exist is refused here
         before = fingerprint(model)
     except BaseException:
         if run is not None:

@@ -1,0 +1,215 @@
+"""The recipe end to end on a tiny LLaVA: what learns, what is written, what is left behind when it is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from keepsight.pre import PReConfig, handle_of
+from keepsight.training import recipe
+from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
+from keepsight.training.freeze import parts, train_only
+from keepsight.training.recipe import read_curves, train
+from tests.tiny import FAMILIES
+from tests.training.models import make_model, save_model
+from tests.training.processors import make_llava
+from tests.training.test_conversations import entry
+
+STEPS = StageConfig(batch_size=4, micro_batch_size=2, max_steps=3, lr=1e-2)
+FULL = StageConfig(train=("projector", "language_model"), batch_size=4, max_steps=3, lr=3e-3)
+QUIET = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+
+
+@pytest.fixture
+def setting(tmp_path: Path, pictures: Path) -> dict[str, Any]:
+    entries = [entry("<image>\nwhat color ?", color, image=f"{color}.png") for color in ("red", "blue")] * 4
+    entries += [entry("hello", "world"), entry("<image> <image>", "circle", image=["red.png", "blue.png"])]
+    (tmp_path / "data.json").write_text(json.dumps(entries), encoding="utf-8")
+    return {
+        "model": ModelConfig(path=str(save_model(tmp_path / "start"))),
+        "data": DataConfig(conversations=str(tmp_path / "data.json"), image_folder=str(pictures), cache_megabytes=10),
+        "out": str(tmp_path / "run"),
+        "projector": STEPS,
+        "full": FULL,
+        "trainer": QUIET,
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(setting: dict[str, Any], run: Any) -> set[str]:
+    before, after = weights(Path(setting["model"].path)), weights(run.path / "model")
+    assert before.keys() == after.keys()
+    assert any("multi_modal_projector" in name for name in before)
+    found = ("multi_modal_projector", "vision_tower", "language_model")
+    return {part for part in found for name in before if part in name and not torch.equal(before[name], after[name])}
+
+
+def test_two_stages_leave_a_plain_checkpoint(setting) -> None:
+    run = train(TrainConfig(**setting))
+    model, info = AutoModelForImageTextToText.from_pretrained(run.path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert handle_of(model) is None
+    processor = AutoProcessor.from_pretrained(run.path / "model")
+    assert processor.chat_template == make_llava().chat_template
+    curves = read_curves(run.path)
+    assert [row["stage"] for row in curves if "lm_loss" in row] == ["projector"] * 3 + ["full"] * 3
+    assert all(-1 <= row["pre_cosine"] <= 1 for row in curves if "lm_loss" in row)
+    saved = json.loads((run.path / "run.json").read_text())
+    assert saved["finished"] is True
+    assert (saved["depth"], saved["width"], saved["pre_layer"], saved["seed"]) == (4, 32, 2, 0)
+    assert saved["model"]["before"] != saved["model"]["fingerprint"]
+    assert saved["counts"]["full: steps"] == 3
+    written = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert written["full"]["lr"] == 3e-3
+    assert written["pre"]["layer"] == "middle"
+
+
+def test_each_stage_trains_its_parts_only(setting) -> None:
+    off = StageConfig(enabled=False)
+    first = train(TrainConfig(**{**setting, "full": off}))
+    assert changed(setting, first) == {"multi_modal_projector"}
+    second = train(TrainConfig(**{**setting, "projector": off, "out": setting["out"] + "2"}))
+    assert changed(setting, second) == {"multi_modal_projector", "language_model"}
+    encoder = StageConfig(train=("encoder",), batch_size=4, max_steps=2, lr=1e-2)
+    third = train(TrainConfig(**{**setting, "projector": off, "full": encoder, "out": setting["out"] + "3"}))
+    assert changed(setting, third) == {"vision_tower"}
+
+
+def test_weight_zero_is_one_field_and_the_stage_switch_the_same(setting) -> None:
+    """λ = 0, and PRe switched off in both stages, give the same weights bit for bit; λ = 0.5 gives others."""
+    zero = train(TrainConfig(**setting, pre=PReConfig(weight=0.0)))
+    off = {
+        "projector": StageConfig(**{**vars(STEPS), "pre": False}),
+        "full": StageConfig(**{**vars(FULL), "pre": False}),
+    }
+    without = train(TrainConfig(**{**setting, **off, "out": setting["out"] + "2"}))
+    with_pre = train(TrainConfig(**{**setting, "out": setting["out"] + "3"}))
+    one, two, three = (weights(run.path / "model") for run in (zero, without, with_pre))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+    assert zero.info["pre_layer"] is None
+    assert with_pre.info["pre_layer"] == 2
+
+
+def test_the_same_seed_gives_the_same_run(setting) -> None:
+    first = train(TrainConfig(**setting))
+    second = train(TrainConfig(**{**setting, "out": setting["out"] + "2"}))
+    one, two = weights(first.path / "model"), weights(second.path / "model")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = train(TrainConfig(**{**setting, "out": setting["out"] + "3", "seed": 1}))
+    three = weights(other.path / "model")
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+
+
+def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
+    heads = []
+    trainer = recipe.KeepsightTrainer
+
+    class Watched(trainer):  # type: ignore[misc, valid-type]
+        def train(self, *args, **kwargs):
+            before = self.pre.head.up.weight.clone()
+            result = super().train(*args, **kwargs)
+            heads.append((before, self.pre.head.up.weight.clone()))
+            return result
+
+    monkeypatch.setattr(recipe, "KeepsightTrainer", Watched)
+    train(TrainConfig(**setting))
+    assert not torch.equal(*heads[0])
+    assert torch.equal(heads[0][1], heads[1][0])
+
+
+def test_head_learning_rate_has_its_own_group(setting, monkeypatch) -> None:
+    seen: list[list[tuple[int, float]]] = []
+    trainer = recipe.KeepsightTrainer
+
+    class Watched(trainer):  # type: ignore[misc, valid-type]
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            head = {id(p) for p in self.pre.parameters()}
+            groups = [g for g in optimizer.param_groups if head & {id(p) for p in g["params"]}]
+            seen.append([(len(g["params"]), g["lr"]) for g in groups])
+            return optimizer
+
+    monkeypatch.setattr(recipe, "KeepsightTrainer", Watched)
+    train(TrainConfig(**{**setting, "full": StageConfig(enabled=False)}, pre=PReConfig(head_lr=0.125)))
+    assert seen == [[(4, 0.125)]]
+
+
+def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
+    config = TrainConfig(**{**setting, "projector": StageConfig(enabled=False)})
+    processor = make_llava()
+    datasets = recipe._datasets(config, recipe._sources(config), processor)
+    arms = []
+    for name, weight in (("a", 0.0), ("b", 0.5)):
+        given = {**setting, "projector": StageConfig(enabled=False), "out": f"{setting['out']}-{name}"}
+        arm = TrainConfig(**given, pre=PReConfig(weight=weight))
+        arms.append(train(arm, model=make_model(), processor=processor, datasets=datasets))
+    assert len(datasets["full"]._cache) == 10
+    on_disk = train(config)
+    one, two = weights(arms[1].path / "model"), weights(on_disk.path / "model")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_broken_pictures_are_counted_in_the_run(setting, pictures: Path) -> None:
+    whole = (pictures / "wide.png").read_bytes()
+    (pictures / "blue.png").write_bytes(whole[: len(whole) // 2])
+    run = train(TrainConfig(**setting, skip_broken=True))
+    assert run.info["counts"]["full: unreadable image"] == 5
+    assert run.info["skipped_full"][0] == "entry 1 (id 'a')"
+    with pytest.raises(ValueError, match=r"entry \d \(id 'a'\): image 'blue.png' cannot be read"):
+        train(TrainConfig(**{**setting, "out": setting["out"] + "2"}))
+
+
+@pytest.mark.parametrize("fault", ["data", "model", "layer", "trainer"])
+def test_a_refused_run_leaves_no_folder(setting, tmp_path: Path, fault: str) -> None:
+    if fault == "data":
+        (tmp_path / "data.json").write_text(json.dumps([entry("<image>", "red")]))
+        expected = "1 <image> placeholder for 0 images"
+    elif fault == "model":
+        setting["model"] = ModelConfig(path=str(tmp_path / "nowhere"))
+        expected = "nowhere' does not exist"
+    elif fault == "layer":
+        setting["pre"] = PReConfig(layer=9)
+        expected = "9"
+    else:
+        setting["trainer"] = {"loging_steps": 1}
+        expected = "near it are logging_steps"
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
+        train(TrainConfig(**setting))
+    assert not Path(setting["out"]).exists()
+
+
+def test_a_folder_with_a_run_is_refused_and_kept(setting) -> None:
+    out = Path(setting["out"])
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(TrainConfig(**setting))
+    assert (out / "run.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_every_family(family: str) -> None:
+    model, _ = FAMILIES[family]()
+    found = parts(model)
+    assert all(found.values())
+    assert sum(map(len, found.values())) == len(list(model.parameters()))
+    count = train_only(model, ["projector"])
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert count == sum(p.numel() for p in found["projector"])
+    markers = ("multi_modal_projector", "merger", "connector")
+    assert learning == {name for name, _ in model.named_parameters() if any(m in name for m in markers)}
+
+
+def test_an_unknown_part() -> None:
+    with pytest.raises(ValueError, match=r"no parameters in part 'head'; it has \['projector', 'language_model', 'enc"):
+        train_only(make_model(), ["head"])
