@@ -1,6 +1,7 @@
 """The one place where a whole model and its processor are read from disk or from the hub."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,8 +97,9 @@ def model_folder(path: str | Path) -> str:
     folder = Path(path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         return str(folder / "model")
-    # A hub id is owner/name; a path whose first folder is here is no hub id.
-    if not folder.exists() and (len(folder.parts) != 2 or folder.is_absolute() or Path(folder.parts[0]).exists()):
+    # A hub id is owner/name; a path whose first folder is here is none.
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not Path(folder.parts[0]).exists()
+    if not folder.exists() and not hub_id:
         raise FileNotFoundError(
             f"the model '{path}' does not exist; give a directory in transformers format or a hub id such as "
             "'llava-hf/llava-1.5-7b-hf'."

@@ -1,0 +1,186 @@
+"""The commands end to end, in this process: exit status, messages, files."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from keepsight import cli
+from keepsight.commands import demo, diagnose
+from keepsight.results import RunDirectory
+from tests.training.models import save_model
+from tests.training.test_conversations import entry, write
+
+
+def fails(arguments: list[str], capsys) -> str:
+    """The one message of a command that the user can mend."""
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Twelve pictures in two classes, with masks of two objects in tmp_path/masks."""
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        name = ("dark", "light")[number % 2]
+        for folder in (tmp_path / "pictures" / name, tmp_path / "masks" / name):
+            folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 100, (16, 16, 3)) + 120 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pictures" / name / f"{number}.png")
+        mask = np.zeros((16, 16), dtype=np.uint8)
+        mask[:8], mask[8:, :8] = 1, 2
+        Image.fromarray(mask).save(tmp_path / "masks" / name / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+def test_help_lists_the_commands_and_unknown_ones_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main([])
+    assert status.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown for command in ("demo", "diagnose", "train"))
+    with pytest.raises(SystemExit) as status:
+        cli.main(["diagnos"])
+    assert status.value.code == 2
+    assert "there is no command 'diagnos'; allowed: demo, diagnose, train" in capsys.readouterr().err
+
+
+def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
+    pairs = (("red", "dark/0.png"), ("blue", "light/1.png"))
+    rows = [entry("<image>\nwhat color ?", color, image=image) for color, image in pairs]
+    write(tmp_path, *rows)
+    save_model(tmp_path / "start")
+    recipe = {
+        "model": {"path": str(tmp_path / "start")},
+        "data": {"conversations": str(tmp_path / "data.json"), "image_folder": str(labelled)},
+        "out": str(tmp_path / "run"),
+        "projector": {"enabled": False},
+        "full": {"batch_size": 2, "max_steps": 2},
+        "trainer": {"use_cpu": True, "logging_steps": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert cli.main(["train", str(tmp_path / "recipe.yaml"), "--pre.layer", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "stage full: loss " in shown
+    assert "PRe cosine" in shown
+    assert "model and processor: " in shown
+    assert "already holds a run" in fails(["train", str(tmp_path / "recipe.yaml")], capsys)
+
+    command = ["diagnose", str(tmp_path / "run"), f"--images={labelled}", f"--masks={tmp_path / 'masks'}"]
+    command += [f"--out={tmp_path / 'seen'}", "--batch-size", "5", "--seed=3"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "report: " in shown
+    run = RunDirectory.open(tmp_path / "seen")
+    assert (run.label, run.info["pre_layer"], run.info["depth"], run.info["seed"]) == ("run", 3, 4, 3)
+    found = {(row.metric, row.layer) for row in run.read_rows()}
+    assert {("gap", layer) for layer in range(5)} <= found
+    assert {("probe_accuracy", layer) for layer in range(5)} <= found
+    assert (run.path / "report.html").stat().st_size > 1000
+    assert "already holds a run" in fails(command, capsys)
+    assert cli.main(["diagnose", "--config", str(run.path / "config.yaml"), "--layers", "[0,4]", "--overwrite"]) == 0
+    again = RunDirectory.open(tmp_path / "seen")
+    assert {row.layer for row in again.read_rows() if row.metric == "gap"} == {0, 4}
+    assert yaml.safe_load((again.path / "config.yaml").read_text())["layers"] == [0, 4]
+
+
+def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
+    names = [f"{name}/{number}.png" for number, name in zip(range(4), ("dark", "light") * 2, strict=True)]
+    sets = {"size": {names[0]: "big", names[1]: "small"}, "hue": {names[2]: "warm"}}
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(sets), encoding="utf-8")
+    found = diagnose.read_labels(str(path), str(labelled), None)
+    assert {target: sum(label is not None for label in labels) for target, labels in found.items()} == {
+        "size": 2,
+        "hue": 1,
+    }
+    assert len(found["size"]) == 12
+    path.write_text(json.dumps({"size": {"nowhere.png": "big"}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"labels 1 pictures in 'size' that are not there, such as 'nowhere.png'"):
+        diagnose.read_labels(str(path), str(labelled), None)
+    path.write_text(json.dumps({"size": "big"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r'must hold {"label set": {"picture": "label", …}, …}'):
+        diagnose.read_labels(str(path), str(labelled), None)
+    with pytest.raises(FileNotFoundError, match=r"label file 'none.json' does not exist"):
+        diagnose.read_labels("none.json", str(labelled), None)
+
+
+def test_errors_that_the_user_can_mend(tmp_path: Path, labelled: Path, capsys) -> None:
+    out = f"--out={tmp_path / 'out'}"
+    images = f"--images={labelled}"
+    assert "model is not given; give it as the first argument" in fails(["diagnose", images, out], capsys)
+    assert "images is not given; give it with --images DIR" in fails(["diagnose", "m", out], capsys)
+    assert "out is not given; give it with --out DIR" in fails(["diagnose", "m", images], capsys)
+    assert "layers is 'some'" in fails(["diagnose", "m", images, out, "--layers=some"], capsys)
+    assert "the model './none' does not exist" in fails(["diagnose", "./none", images, out], capsys)
+    model = str(save_model(tmp_path / "model"))
+    assert "image folder" in fails(["diagnose", model, f"--images={tmp_path / 'none'}", out], capsys)
+    assert "9" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "holds no keepsight run" in fails(["diagnose", "m", images, out, "--overwrite"], capsys)
+    assert "out is not set" in fails(["train", "--model.path=m", "--data.dataset=d", "--out="], capsys)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="model is not given"):
+        cli.main(["diagnose", "--debug", "--images=a", "--out=b"])
+
+
+def test_only_our_own_errors_are_taken_for_the_users(monkeypatch, capsys) -> None:
+    def library(arguments) -> None:
+        np.zeros(3).reshape(2, 2)
+
+    def bug(arguments) -> None:
+        raise KeyError("a")
+
+    def full_disk(arguments) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupted(arguments) -> None:
+        raise KeyboardInterrupt
+
+    def missing(arguments) -> None:
+        monkeypatch.setattr("keepsight.commands.train.find_spec", lambda name: None)
+        from keepsight.commands import train
+
+        train.main(["--model.path=m", "--data.dataset=d", "--out=o"])
+
+    monkeypatch.setattr(demo, "main", library)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        cli.main(["demo"])
+    monkeypatch.setattr(demo, "main", bug)
+    with pytest.raises(KeyError):
+        cli.main(["demo"])
+    monkeypatch.setattr(demo, "main", full_disk)
+    assert "No space left on device" in fails(["demo"], capsys)
+    monkeypatch.setattr(demo, "main", missing)
+    assert 'pip install "keepsight[train]"' in fails(["demo"], capsys)
+    monkeypatch.setattr(demo, "main", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_demo_settings() -> None:
+    assert demo.parse([]) == demo.DemoConfig()
+    given = demo.parse(["--full", "--out", "a", "--seed=2", "--steps", "9", "--language", "qwen2"])
+    assert given == demo.DemoConfig(full=True, out="a", seed=2, steps=9, language="qwen2")
+    with pytest.raises(ValueError, match="steps is 0; allowed: 1 or more"):
+        demo.parse(["--steps=0"])
+
+
+def test_module_can_be_run() -> None:
+    import subprocess
+
+    shown = subprocess.run([sys.executable, "-m", "keepsight", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("keepsight 0.")

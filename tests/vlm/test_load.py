@@ -1,0 +1,130 @@
+"""Loading: safetensors only, pictures only where films are not possible, and errors that say what is wrong."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import BertConfig, LlamaConfig
+
+from keepsight.training.conversations import Conversation
+from keepsight.training.encode import Encoder
+from keepsight.vlm.load import LoadError, load_model, load_processor, model_folder
+from tests.training.models import make_model, save_model
+from tests.training.processors import TEMPLATE, make_llava, make_tokenizer, turns
+
+FILM = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2}
+
+
+def test_loads_what_was_saved(tmp_path: Path) -> None:
+    model, processor = load_model(save_model(tmp_path))
+    expected = make_model().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert type(processor).__name__ == "LlavaProcessor"
+    half, _ = load_model(tmp_path, dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_training_runs_folder_stands_for_its_model(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    assert model_folder(tmp_path) == str(tmp_path / "model")
+    assert model_folder(tmp_path / "model") == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("path", ["model", "./owner/name", "/no/such", "a/b/c", "tests/none"])
+def test_paths_that_are_not_there(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"the model '{path}' does not exist; .* hub id such as"):
+        model_folder(path)
+
+
+def test_a_hub_id_is_left_alone() -> None:
+    assert model_folder("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_what_is_no_image_text_model(tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(LoadError, match="is a 'bert' model, not an image-text-to-text model"):
+        load_model(tmp_path / "bert")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LoadError, match="its configuration cannot be read"):
+        load_model(tmp_path / "empty")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(LoadError, match="is a 'llama' model"):
+        load_model(tmp_path / "llama")
+
+
+def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(make_model().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="no safetensors weights"):
+        load_model(tmp_path)
+
+
+def test_a_model_without_processor(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match="processor"):
+        load_model(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match="processor"):
+        load_model(tmp_path)
+
+
+def save_qwen(folder: Path) -> None:
+    """A Qwen2.5-VL processor as its authors save it, film settings included; built here without them."""
+    tokenizer = make_tokenizer()
+    tokens = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    body = {
+        "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),
+    }
+    family = transformers.Qwen2_5_VLProcessor
+    processor = type(family.__name__, (family,), body)(
+        image_processor=transformers.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096
+        ),
+        tokenizer=tokenizer,
+        chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    processor.save_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(FILM), encoding="utf-8")
+
+
+def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp_path: Path) -> None:
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        pytest.skip("torchvision is installed: the whole processor loads")
+    save_qwen(tmp_path)
+    processor = load_processor(tmp_path)
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+    encoder = Encoder(processor)
+    assert set(encoder.markers.values()) == {"<|vision_start|>", "<|image_pad|>", "<|vision_end|>"}
+    messages = turns([None, "what ?"], ["red"], ["and", None], ["blue circle"])
+    pictures = (("wide", Image.new("RGB", (32, 16))), ("square", Image.new("RGB", (16, 16))))
+    encoded = encoder(Conversation("", messages, pictures))
+    labels = encoded.sequence["labels"]
+    assert processor.tokenizer.convert_ids_to_tokens(labels[labels != -100]) == [
+        "red",
+        "<eos>",
+        "blue",
+        "circle",
+        "<eos>",
+    ]
+    assert encoded.media["image_grid_thw"].tolist() == [[1, 4, 8], [1, 4, 4]]
+    assert int((encoded.sequence["input_ids"] == processor.image_token_id).sum()) == 8 + 4
+    processor.save_pretrained(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "video_preprocessor_config.json").read_text()) == FILM
+    assert load_processor(tmp_path / "copy").chat_template == processor.chat_template
+
+
+def test_llava_processor_alone(tmp_path: Path) -> None:
+    make_llava().save_pretrained(tmp_path)
+    assert load_processor(tmp_path).image_token == "<image>"
