@@ -49,15 +49,103 @@ def _basis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Features in the eigenbasis of the Gram matrix [P, n, r], squared singular values [P, r], map back [P, d, r]."""
     n, d = x.shape[1:]
     if n > d:
-        squares, vectors = torch.linalg.eigh((x.transpose(1, 2) @ x).double())
-        vectors = vectors.to(x.dtype)
-        return x @ vectors, squares.clamp(min=0).to(x.dtype), vectors
+        squares, vectors = torch.linalg.eigh(x.transpose(1, 2) @ x)
+        return x @ vectors, squares.clamp(min=0), vectors
     squares, left = torch.linalg.eigh((x @ x.transpose(1, 2)).double())
     kept = squares > 1e-7 * squares[:, -1:]  # directions below float32's resolution of the Gram matrix
     singular = torch.where(kept, squares, 0.0).sqrt()
     features = left * singular[:, None, :]
     back = x.double().transpose(1, 2) @ (left * torch.where(kept, 1 / singular, 0.0)[:, None, :])
     return features.to(x.dtype), singular.square().to(x.dtype), back.to(x.dtype)
+
+
+class _Problems:
+    """p × r problems in the eigenbasis: features [p, n, D], penalty and mean square of each coordinate [p, r, D, 1].
+
+    Parameters are [p, r, D, C], logits [p, n, r, C]; the last of the D coordinates is the intercept.
+    """
+
+    def __init__(self, features: Tensor, squares: Tensor, l2: Tensor, y: Tensor, classes: int) -> None:
+        p, n, width = features.shape
+        r = l2.shape[0]
+        ridge = l2.to(features)[None, :, None].expand(p, r, width)
+        self.ridge = torch.cat([ridge, ridge.new_zeros(p, r, 1)], dim=2)[..., None]
+        spread = (squares / n)[:, None, :].expand(p, r, width)
+        self.spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[..., None]
+        self.features = torch.cat([features, features.new_ones(p, n, 1)], dim=2)
+        self.y, self.classes = y, classes
+
+    def keep(self, rows: Tensor, columns: Tensor) -> None:
+        self.features = self.features[rows]
+        self.ridge, self.spread = self.ridge[rows][:, columns], self.spread[rows][:, columns]
+
+    def logits(self, parameters: Tensor) -> Tensor:
+        p, r, width, c = parameters.shape
+        return (self.features @ parameters.transpose(1, 2).reshape(p, width, r * c)).view(p, -1, r, c)
+
+    def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss [p, r] and log-probabilities."""
+        log_share = logits.log_softmax(dim=-1)
+        index = self.y[None, :, None, None].expand(*logits.shape[:3], 1)
+        return -log_share.gather(3, index)[..., 0].double().mean(dim=1), log_share
+
+    def penalty(self, a: Tensor, b: Tensor) -> Tensor:
+        return 0.5 * (self.ridge * a * b).sum(dim=(2, 3)).double()
+
+    def gradient(self, log_share: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, and the inverse of the diagonal model of the Hessian at the present uncertainty."""
+        p, n, r, c = log_share.shape
+        share = log_share.exp_()
+        # mean p(1 − p): the shares of a picture sum to one
+        uncertainty = (1 / c - share.square().sum(dim=3).mean(dim=1) / c)[..., None, None]
+        index = self.y[None, :, None, None].expand(p, n, r, 1)
+        share.scatter_add_(3, index, share.new_full((1, 1, 1, 1), -1.0).expand(p, n, r, 1))
+        flat = self.features.transpose(1, 2) @ share.view(p, n, r * c)
+        gradient = flat.view(p, -1, r, c).transpose(1, 2) / n
+        return gradient.addcmul(self.ridge, parameters), 1 / (uncertainty * self.spread + self.ridge)
+
+
+class _History:
+    """The last steps s and changes of gradient z of every problem, [p, r, m, N], and H⁻¹∇ from them."""
+
+    def __init__(self) -> None:
+        self.s: Tensor | None = None
+        self.z: Tensor | None = None
+
+    def add(self, s: Tensor, z: Tensor) -> None:
+        s, z = s.flatten(2)[:, :, None], z.flatten(2)[:, :, None]
+        positive = (s * z).sum(dim=3, keepdim=True) > 0
+        s, z = s * positive, z * positive  # a pair without positive curvature is an empty one
+        if self.s is not None and self.z is not None:
+            s, z = (torch.cat([old[:, :, 1 - HISTORY :], new], dim=2) for old, new in ((self.s, s), (self.z, z)))
+        self.s, self.z = s, z
+
+    def keep(self, rows: Tensor, columns: Tensor) -> None:
+        if self.s is not None and self.z is not None:
+            self.s, self.z = self.s[rows][:, columns], self.z[rows][:, columns]
+
+    def direction(self, gradient: Tensor, inverse: Tensor) -> Tensor:
+        """−H⁻¹∇: the two-loop recursion around the diagonal `inverse`, on the m × m inner products."""
+        if self.s is None or self.z is None:
+            return -gradient * inverse
+        s, z, m = self.s, self.z, self.s.shape[2]
+        inner = s @ z.transpose(2, 3)  # [p, r, m, m], s_i · z_j
+        curvature = inner.diagonal(dim1=2, dim2=3)
+        rho = torch.where(curvature > 0, 1 / curvature, 0.0)
+        flat = gradient.flatten(2)[..., None]
+        projected = (s @ flat)[..., 0]
+        alpha = torch.zeros_like(projected)
+        for i in reversed(range(m)):
+            alpha[..., i] = rho[..., i] * (projected[..., i] - (inner[..., i, :] * alpha).sum(dim=2))
+        q = (flat - z.transpose(2, 3) @ alpha[..., None]).view_as(gradient) * inverse
+        last = z[:, :, -1].view_as(gradient)
+        seen = rho[..., -1] * (last * last * inverse).sum(dim=(2, 3))  # how far the model is off along the last step
+        q = (q * torch.where(seen > 0, 1 / seen, 1.0)[..., None, None]).flatten(2)[..., None]
+        projected = (z @ q)[..., 0]
+        step = torch.zeros_like(projected)
+        for i in range(m):
+            step[..., i] = alpha[..., i] - rho[..., i] * (projected[..., i] + (inner[..., :, i] * step).sum(dim=2))
+        return -(q + s.transpose(2, 3) @ step[..., None]).view_as(gradient)
 
 
 def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 1e-4, max_steps: int = 500) -> Solution:
@@ -73,121 +161,61 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
         The solutions in the coordinates of `x`.
     """
     features, squares, back = _basis(x)
-    p, n, width = features.shape
-    r = l2.shape[0]
-    target = torch.nn.functional.one_hot(y, classes).to(x.dtype)  # [n, C]
-    ridge = l2.to(x.dtype)[None, :, None].expand(p, r, width)
-    # The last row of every parameter block is the intercept: no penalty, mean square 1.
-    ridge = torch.cat([ridge, ridge.new_zeros(p, r, 1)], dim=2)[..., None]  # [P, R, r+1, 1]
-    spread = (squares / n)[:, None, :].expand(p, r, width)
-    spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[..., None]
-    features = torch.cat([features, features.new_ones(p, n, 1)], dim=2)
-
-    def logits_of(parameters: Tensor) -> Tensor:  # [p, r, width+1, C] -> [p, r, n, C]
-        a, b = parameters.shape[:2]
-        flat = parameters.permute(0, 2, 1, 3).reshape(a, width + 1, b * classes)
-        return (features_now @ flat).view(a, n, b, classes).transpose(1, 2)
-
-    def gradient_of(logits: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, and the inverse of a diagonal model of the Hessian at the present uncertainty."""
-        a, b = parameters.shape[:2]
-        share = logits.softmax(dim=-1)
-        uncertainty = (share - share.square()).mean(dim=(2, 3))[..., None, None]
-        flat = features_now.transpose(1, 2) @ (share - target).transpose(1, 2).reshape(a, n, b * classes)
-        gradient = flat.view(a, width + 1, b, classes).transpose(1, 2) / n + ridge_now * parameters
-        return gradient, 1 / (uncertainty * spread_now + ridge_now)
-
-    def value_of(logits: Tensor, penalty: Tensor) -> Tensor:
-        chosen = (logits * target).sum(dim=-1)
-        return (logits.logsumexp(dim=-1) - chosen).double().mean(dim=-1) + penalty
-
-    def penalty_of(a: Tensor, b: Tensor) -> Tensor:
-        return 0.5 * (ridge_now * a * b).double().sum(dim=(2, 3))
-
+    problems, history = _Problems(features, squares, l2, y, classes), _History()
+    p, r, width = features.shape[0], l2.shape[0], features.shape[2]
     solution = x.new_zeros(p, r, width + 1, classes)
     best = x.new_zeros(p, r, dtype=torch.float64)
     finished = torch.zeros(p, r, dtype=torch.bool)
     rows, columns = torch.arange(p), torch.arange(r)  # the problems still running
-    features_now, ridge_now, spread_now = features, ridge, spread
-    parameters = solution.clone()
-    logits = logits_of(parameters)
-    value = value_of(logits, penalty_of(parameters, parameters))
-    gradient, inverse = gradient_of(logits, parameters)
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    parameters = torch.zeros_like(solution)
+    logits = problems.logits(parameters)
+    value, log_share = problems.loss(logits)
+    gradient, inverse = problems.gradient(log_share, parameters)
     stalled = torch.zeros_like(value)
     steps = 0
     while steps < max_steps:
         steps += 1
-        direction = _direction(gradient, inverse, pairs)
-        slope = (gradient * direction).double().sum(dim=(2, 3))
-        along = logits_of(direction)
-        cross, own = 2 * penalty_of(parameters, direction), penalty_of(direction, direction)
-        penalty = penalty_of(parameters, parameters)
+        direction = history.direction(gradient, inverse)
+        slope = (gradient * direction).sum(dim=(2, 3)).double()
+        along = problems.logits(direction)
+        base = problems.penalty(parameters, parameters)
+        cross, own = 2 * problems.penalty(parameters, direction), problems.penalty(direction, direction)
         step = torch.ones_like(value)
-        for _ in range(20):
-            trial = value_of(logits + step[..., None, None].to(x.dtype) * along, penalty + step * cross + step**2 * own)
+        for _ in range(20):  # a straight line in the logits: a trial costs no product with the features
+            trial_logits = torch.addcmul(logits, step.to(x.dtype)[:, None, :, None], along)
+            loss, log_share = problems.loss(trial_logits)
+            trial = loss + base + step * cross + step**2 * own
             bad = trial > value + 1e-4 * step * slope + 1e-7 * value.abs()
             if not bad.any():
                 break
             step = torch.where(bad, step / 2, step)
-        step = torch.where(bad, torch.zeros_like(step), step)
-        trial = torch.where(bad, value, trial)
-        moved = step[..., None, None].to(x.dtype) * direction
+        logits = trial_logits
+        moved = step.to(x.dtype)[..., None, None] * direction
         parameters = parameters + moved
-        logits = logits + step[..., None, None].to(x.dtype) * along
-        following, inverse = gradient_of(logits, parameters)
-        _remember(pairs, moved, following - gradient)
+        following, inverse = problems.gradient(log_share, parameters)
+        history.add(moved, following - gradient)
         stalled = torch.where(value - trial <= 1e-6 * trial.abs(), stalled + 1, 0.0)
         gradient, value = following, trial
-        gap = 0.5 * (gradient * gradient * inverse).double().sum(dim=(2, 3))
+        gap = 0.5 * (gradient * gradient * inverse).sum(dim=(2, 3)).double()
         done = (gap <= tolerance * value) | (stalled >= STAGNATION)
         # A problem keeps the solution of its own last step, however long its neighbours go on.
         fresh = ~finished[rows[:, None], columns]
-        solution[rows[:, None], columns] = torch.where(
-            fresh[..., None, None], parameters, solution[rows[:, None], columns]
-        )
-        best[rows[:, None], columns] = torch.where(fresh, value, best[rows[:, None], columns])
-        finished[rows[:, None], columns] |= done
-        done = finished[rows[:, None], columns]
+        place = rows[:, None], columns
+        solution[place] = torch.where(fresh[..., None, None], parameters, solution[place])
+        best[place] = torch.where(fresh, value, best[place])
+        finished[place] |= done
+        done = finished[place]
         if done.all():
             break
         keep_rows, keep_columns = ~done.all(dim=1), ~done.all(dim=0)
         if keep_rows.all() and keep_columns.all():
             continue
         rows, columns = rows[keep_rows], columns[keep_columns]
-        features_now = features_now[keep_rows]
-
-        def shrink(t: Tensor, a: Tensor = keep_rows, b: Tensor = keep_columns) -> Tensor:
-            return t[a][:, b]
-
-        ridge_now, spread_now, parameters, logits = map(shrink, (ridge_now, spread_now, parameters, logits))
-        value, gradient, inverse, stalled = map(shrink, (value, gradient, inverse, stalled))
-        pairs = [(shrink(s), shrink(z), shrink(rho)) for s, z, rho in pairs]
+        problems.keep(keep_rows, keep_columns)
+        history.keep(keep_rows, keep_columns)
+        logits = logits[keep_rows][:, :, keep_columns]
+        parameters, gradient, inverse, value, stalled = (
+            t[keep_rows][:, keep_columns] for t in (parameters, gradient, inverse, value, stalled)
+        )
     weights = torch.einsum("pdw,prwc->prdc", back, solution[:, :, :-1])
     return Solution(weights, solution[:, :, -1], best, steps)
-
-
-def _direction(gradient: Tensor, inverse: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """−H⁻¹∇ by the two-loop recursion around the diagonal `inverse`."""
-    q = gradient
-    alphas = []
-    for s, z, rho in reversed(pairs):
-        alpha = rho * (s * q).sum(dim=(2, 3), keepdim=True)
-        q = q - alpha * z
-        alphas.append(alpha)
-    q = q * inverse
-    if pairs:
-        s, z, rho = pairs[-1]
-        seen = rho * (z * z * inverse).sum(dim=(2, 3), keepdim=True)
-        q = q * torch.where(seen > 0, 1 / seen, 1.0)
-    for (s, z, rho), alpha in zip(pairs, reversed(alphas), strict=True):
-        q = q + s * (alpha - rho * (z * q).sum(dim=(2, 3), keepdim=True))
-    return -q
-
-
-def _remember(pairs: list[tuple[Tensor, Tensor, Tensor]], s: Tensor, z: Tensor) -> None:
-    """Keep the step s and change of gradient z; a pair without positive curvature gets weight 0."""
-    product = (s * z).sum(dim=(2, 3), keepdim=True)
-    rho = torch.where(product > 0, 1 / product, 0.0)
-    pairs.append((s, z, rho))
-    del pairs[:-HISTORY]
