@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from keepsight.pre import PReConfig, handle_of
 from keepsight.training import recipe
@@ -144,6 +144,13 @@ def test_head_learning_rate_has_its_own_group(setting, monkeypatch) -> None:
     assert seen == [[(4, 0.125)]]
 
 
+class Steps(TrainerCallback):
+    seen: ClassVar[list[int]] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seen.append(state.global_step)
+
+
 def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     config = TrainConfig(**{**setting, "projector": StageConfig(enabled=False)})
     processor = make_llava()
@@ -152,7 +159,8 @@ def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     for name, weight in (("a", 0.0), ("b", 0.5)):
         given = {**setting, "projector": StageConfig(enabled=False), "out": f"{setting['out']}-{name}"}
         arm = TrainConfig(**given, pre=PReConfig(weight=weight))
-        arms.append(train(arm, model=make_model(), processor=processor, datasets=datasets))
+        arms.append(train(arm, model=make_model(), processor=processor, datasets=datasets, callbacks=[Steps()]))
+    assert Steps.seen == [1, 2, 3] * 2
     assert len(datasets["full"]._cache) == 10
     on_disk = train(config)
     one, two = weights(arms[1].path / "model"), weights(on_disk.path / "model")

@@ -1,7 +1,7 @@
 """`keepsight demo`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jsonargparse import ArgumentParser
@@ -19,6 +19,7 @@ class DemoConfig:
         seed: of data, training and splits.
         steps: optimizer steps of the second stage; null = as `full` says.
         language: the tiny language model, "llama" or "qwen2".
+        overwrite: replace the demonstration that the folder holds.
     """
 
     full: bool = False
@@ -26,6 +27,7 @@ class DemoConfig:
     seed: int = 0
     steps: int | None = None
     language: Literal["llama", "qwen2"] = "llama"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -36,7 +38,7 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
     """The command's settings."""
     parser = ArgumentParser(
         prog="keepsight demo",
-        usage="keepsight demo [--full] [--out DIR] [--seed N] [--steps N] [--language llama|qwen2]",
+        usage="keepsight demo [--full] [--out DIR] [--seed N] [--steps N] [--language llama|qwen2] [--overwrite]",
         description="Train the tiny testbed model without and with PRe, diagnose both, write one report.",
     )
     add_fields(parser, DemoConfig)
@@ -46,9 +48,9 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
 def main(arguments: Sequence[str]) -> None:
     """Run the demonstration."""
     config = parse(arguments)
-    from keepsight.commands.console import quiet
+    from keepsight.commands.console import console, quiet
 
     quiet()
     from keepsight.testbed.demo import run
 
-    run(full=config.full, out=config.out, seed=config.seed, steps=config.steps, language=config.language)
+    run(**asdict(config), console=console)

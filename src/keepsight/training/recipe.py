@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from keepsight.pre import Handle, attach
 from keepsight.results import RunDirectory, fingerprint, write_file
@@ -35,6 +35,7 @@ def train(
     model: Any = None,
     processor: Any = None,
     datasets: Mapping[str, ConversationDataset] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunDirectory:
     """Train as the configuration says and leave a plain transformers checkpoint in `<out>/model`.
 
@@ -46,6 +47,7 @@ def train(
         config: the run.
         model, processor: instead of what `config.model` names; the model is trained in place.
         datasets: encoded data by stage, instead of what `config.data` names, so that runs can share a cache.
+        callbacks: for the `Trainer` of each stage; where there are any, they report instead of its printed logs.
 
     Raises:
         ValueError: for settings or data that cannot be used; the text says which and what to do.
@@ -81,7 +83,10 @@ def train(
             train_dataset=datasets[name],
             data_collator=Collator(processor),
             processing_class=processor,
+            callbacks=list(callbacks),
         )
+        if callbacks:
+            trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
         finally:

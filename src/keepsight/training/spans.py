@@ -25,37 +25,40 @@ def assistant_spans(processor: Any, messages: Sequence[dict[str, Any]]) -> tuple
     Raises:
         TemplateError: if the template refuses the messages, or if what it writes for a turn depends on later turns.
     """
-    text = _render(processor, messages, False)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    befores = _render(processor, [messages[:index] for index in answers], True)
+    *throughs, text = _render(processor, [*(messages[: index + 1] for index in answers), messages], False)
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(processor, messages[:index], True)
-        through = text if index == len(messages) - 1 else _render(processor, messages[: index + 1], False)
+    for number, (before, through) in enumerate(zip(befores, throughs, strict=True), start=1):
         if not through.startswith(before) or not text.startswith(through):
             raise TemplateError(
                 "the chat template is not prefix-stable: what it writes up to answer "
-                f"{index + 1} changes with what follows, so the answer's tokens cannot be told apart. Got "
+                f"{number} changes with what follows, so the answer's tokens cannot be told apart. Got "
                 f"{before[-60:]!r} then {through[-60:]!r}. Pass a template that renders each turn by itself."
             )
         end = len(through.rstrip())
         if end <= len(before):
-            raise TemplateError(f"the chat template writes nothing for the answer in message {index + 1}.")
+            raise TemplateError(f"the chat template writes nothing for answer {number}.")
         spans.append((len(before), end))
     return text, spans
 
 
-def _render(processor: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+def _render(
+    processor: Any, conversations: Sequence[Sequence[dict[str, Any]]], add_generation_prompt: bool
+) -> list[str]:
+    """The template's text of each conversation, in one call: the call costs more than a rendering."""
     try:
         return processor.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            [list(messages) for messages in conversations],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except ImportError:
         raise
     except Exception as cause:  # templates raise whatever their author chose
         raise TemplateError(
             f"the chat template of {type(processor).__name__} refuses the messages "
-            f"({type(cause).__name__}: {cause}). Roles: {[message['role'] for message in messages]}."
+            f"({type(cause).__name__}: {cause}). Roles: {[message['role'] for message in conversations[-1]]}."
         ) from cause
 
 
@@ -67,8 +70,8 @@ def image_markers(processor: Any) -> dict[int, str]:
     """
     tokenizer = processor.tokenizer
     text_part = {"type": "text", "text": "a"}
-    with_image = _render(processor, [{"role": "user", "content": [{"type": "image"}, text_part]}], False)
-    without = _render(processor, [{"role": "user", "content": [text_part]}], False)
+    contents = ([{"type": "image"}, text_part], [text_part])
+    with_image, without = _render(processor, [[{"role": "user", "content": content}] for content in contents], False)
     extra = Counter(tokenizer(with_image).input_ids) - Counter(tokenizer(without).input_ids)
     added = {index: token for token, index in tokenizer.get_added_vocab().items()}
     markers = {index: added[index] for index in extra if index in added}
