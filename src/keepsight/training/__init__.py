@@ -1,4 +1,4 @@
-"""Training: conversations, their labels and batches; the mixin for HF Trainer; the two-stage recipe (`recipe.train`)."""
+"""Training: conversations, labels and batches; the mixin for HF Trainer; the two-stage recipe (`recipe.train`)."""
 
 from keepsight.training.collator import Collator
 from keepsight.training.conversations import Conversation
