@@ -28,8 +28,9 @@ else:
 
 result = keepsight.diagnose(model, processor, pictures, labels=labels, masks=masks)
 result.table()
+depth = result.info["depth"]
 
 for row in result.rows:
-    if row.metric == "probe_accuracy" and row.layer in (0, result.depth // 2, result.depth) and not row.variant:
+    if row.metric == "probe_accuracy" and row.layer in (0, depth // 2, depth) and not row.variant:
         print(f"{row.target:16s} layer {row.layer:2d}: {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]")
 print(result.report(Path("runs") / "example-diagnosis.html"))

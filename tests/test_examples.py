@@ -1,0 +1,49 @@
+"""Every example runs as a user would run it: from any folder, offline."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
+
+
+def run(example: Path, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(example)],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_examples_and_each_is_short():
+    assert len(EXAMPLES) == 3
+    assert all(len(example.read_text(encoding="utf-8").splitlines()) < 80 for example in EXAMPLES)
+
+
+@pytest.mark.slow
+def test_diagnose(tmp_path):
+    out = run(EXAMPLES[0], tmp_path)
+    assert out.count("texture") >= 3
+    assert (tmp_path / "runs" / "example-diagnosis.html").stat().st_size > 1_000_000
+
+
+@pytest.mark.slow
+def test_plain_loop(tmp_path):
+    out = run(EXAMPLES[1], tmp_path)
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("step")] == [f"step {i}" for i in range(4)]
+    assert (tmp_path / "runs" / "example-attached" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_hf_trainer(tmp_path):
+    out = run(EXAMPLES[2], tmp_path)
+    assert out.count("'pre_cosine'") == 4
+    assert "'pre_images': 8.0" in out
