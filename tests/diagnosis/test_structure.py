@@ -84,7 +84,7 @@ def test_batch_equals_its_images_one_by_one():
     torch.testing.assert_close(batch.cohesion, torch.cat([a.cohesion for a in alone]), atol=1e-6, rtol=0)
     torch.testing.assert_close(batch.coupling, torch.cat([a.coupling for a in alone]), atol=1e-6, rtol=0)
     torch.testing.assert_close(batch.homogeneity, torch.cat([a.homogeneity for a in alone]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(groups.image_mean(batch.gap), torch.stack([a.gap.mean() for a in alone]))
+    torch.testing.assert_close(groups.image_mean(batch.gap[:, None])[:, 0], torch.stack([a.gap.mean() for a in alone]))
 
 
 def test_leaving_tokens_and_channels_out_equals_deleting_them():
@@ -110,8 +110,8 @@ def test_objects_without_pairs_are_undefined_and_left_out_of_the_image():
     result = structure(tokens, groups)
     for values in (result.cohesion, result.coupling, result.gap):
         assert values.isnan().tolist() == [True, True, True, False]
-    means = groups.image_mean(result.gap)
-    assert means[0] == result.gap[3]
+    means = groups.image_mean(result.gap[:, None])[:, 0]
+    assert means[0] == pytest.approx(result.gap[3].item())
     assert means[1].isnan()  # the second image has neither tokens nor objects
 
 
@@ -130,3 +130,14 @@ def test_membership_takes_half_and_refuses_other_things():
         membership(torch.tensor([[7.0]]))
     with pytest.raises(ValueError, match=r"members must be \[K, 4\], one column per token; got shape \(2, 3\)"):
         patch_structure(torch.randn(4, 2), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_a_batch_without_objects_has_no_structure_but_keeps_its_homogeneity():
+    tokens, _ = random_case(9, n=10)
+    groups = Groups.build(torch.arange(10) // 5, 2)
+    result = structure(tokens, groups)
+    assert result.cohesion.shape == (0,)
+    assert groups.image_mean(torch.zeros(0, 4)).isnan().all()
+    assert result.homogeneity[1].item() == pytest.approx(
+        structure(tokens[5:], Groups.build(torch.zeros(5), 1)).homogeneity.item(), abs=1e-6
+    )

@@ -163,26 +163,22 @@ class Accumulator:
         b, sizes = batch.n_images, everything.sizes[: batch.n_images]
         self._taken["pooled"].append((everything.weights[:b] @ x) / sizes[:, None])
 
-        columns: dict[str, Tensor] = {}
         raw = structure(x, everything)
-        centred = structure(x, everything, centre=known.mean)
+        blocks = {"all": _block(everything, raw, structure(x, everything, centre=known.mean))}
         sinks = raw.norms > known.threshold
-        self._record(columns, "all", everything, raw.norms, raw, centred)
         if known.has_sinks or bool(sinks.any()):
             kept = everything.keep(~sinks)
             bare = structure(x, kept, channels=known.channels)
-            bare_centred = structure(x, kept, centre=known.mean_without_sinks, channels=known.channels)
-            self._record(columns, "without sinks", kept, bare.norms, bare, bare_centred)
+            centred = structure(x, kept, centre=known.mean_without_sinks, channels=known.channels)
+            blocks["without sinks"] = _block(kept, bare, centred)
         else:
-            self._record(columns, "without sinks", everything, raw.norms, raw, centred)
-        for scope in ("tiles", "thumbnail"):
-            if scope in batch.scopes:
-                groups = batch.scopes[scope]
-                part, part_centred = structure(x, groups), structure(x, groups, centre=known.mean)
-                self._record(columns, scope, groups, raw.norms, part, part_centred)
-        columns["sink_tokens"] = everything.weights[:b] @ sinks.float()
-        absent = torch.full((b,), float("nan"), device=x.device)
-        self._taken["values"].append(torch.stack([columns.get(name, absent) for name in COLUMNS], dim=1))
+            blocks["without sinks"] = blocks["all"]
+        for scope, groups in batch.scopes.items():
+            if scope != "all":
+                blocks[scope] = _block(groups, structure(x, groups), structure(x, groups, centre=known.mean))
+        absent = x.new_full((b, len(VALUES)), float("nan"))
+        count = everything.weights[:b] @ sinks.float()
+        self._taken["values"].append(torch.cat([*(blocks.get(s, absent) for s in SCOPES), count[:, None]], dim=1))
 
         if layer == self.layers[0]:
             self._count_objects(raw)
@@ -190,22 +186,6 @@ class Accumulator:
             self._taken["sampled"].append(x[batch.sample])
         else:
             self._add(layer, x, sinks)
-
-    def _record(
-        self,
-        columns: dict[str, Tensor],
-        scope: str,
-        groups: Groups,
-        norms: Tensor,
-        raw: Structure,
-        centred: Structure,
-    ) -> None:
-        b = groups.n_images
-        found = [(groups.weights[:b] @ norms) / groups.sizes[:b], raw.homogeneity, centred.homogeneity]
-        if groups.owner.numel():
-            objects = (raw.cohesion, raw.coupling, centred.cohesion, centred.coupling)
-            found += [groups.image_mean(values) for values in objects]
-        columns.update({f"{scope}|{name}": values for name, values in zip(VALUES, found, strict=False)})
 
     def _count_objects(self, raw: Structure) -> None:
         assert self._batch is not None
@@ -257,3 +237,12 @@ class Accumulator:
             parts.append(sums)
         assert parts[0] is not None
         return parts[0], parts[1]
+
+
+def _block(groups: Groups, raw: Structure, centred: Structure) -> Tensor:
+    """[B, len(VALUES)], one row an image."""
+    b = groups.n_images
+    norm = (groups.weights[:b] @ raw.norms) / groups.sizes[:b]
+    objects = torch.stack([raw.cohesion, raw.coupling, centred.cohesion, centred.coupling], dim=1)
+    images = torch.stack([norm, raw.homogeneity, centred.homogeneity], dim=1)
+    return torch.cat([images, groups.image_mean(objects)], dim=1)

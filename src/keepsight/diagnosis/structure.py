@@ -8,7 +8,8 @@ formed: O(N·d) instead of O(N²·d).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,21 +60,41 @@ class Groups:
     def n_images(self) -> int:
         return self.weights.shape[0] - self.owner.shape[0]
 
-    @property
+    @cached_property
     def sizes(self) -> Tensor:
         """[B + K], tokens in each group."""
         return self.weights.sum(dim=1)
 
+    @cached_property
+    def pairs(self) -> Tensor:
+        """[B + K], ordered pairs of different tokens inside each group; NaN where there is none."""
+        pairs = self.sizes * (self.sizes - 1)
+        return torch.where(pairs > 0, pairs, float("nan"))
+
+    @cached_property
+    def outside_pairs(self) -> Tensor:
+        """[K], pairs of a token inside an object and one outside it; NaN where cohesion or coupling is undefined."""
+        size = self.sizes[self.n_images :]
+        outside = self.sizes[self.owner] - size
+        return torch.where((size >= 2) & (outside >= 1), size * outside, float("nan"))
+
+    @cached_property
+    def defined(self) -> Tensor:
+        """[B, K], 1 where the object is in the image and has pairs."""
+        return torch.nn.functional.one_hot(self.owner, self.n_images).T * (~self.outside_pairs.isnan()).float()
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[B, 1], the objects with pairs of each image."""
+        return self.defined.sum(dim=1, keepdim=True)
+
     def keep(self, tokens: Tensor) -> Groups:
         """The same groups with only these tokens in them (tokens: bool [T])."""
-        return replace(self, weights=self.weights * tokens)
+        return Groups(self.weights * tokens, self.owner)
 
     def image_mean(self, values: Tensor) -> Tensor:
-        """Mean over the objects of each image, undefined objects (NaN) left out: [K] → [B], NaN without objects."""
-        defined = ~values.isnan()
-        total = values.new_zeros(self.n_images).index_add_(0, self.owner[defined], values[defined])
-        count = values.new_zeros(self.n_images).index_add_(0, self.owner[defined], torch.ones_like(values[defined]))
-        return total / count  # 0 / 0 is the NaN that is wanted
+        """Mean over the defined objects of each image: [K, V] → [B, V], NaN without objects."""
+        return (self.defined @ values.nan_to_num(nan=0.0)) / self.counts  # 0 / 0 is the NaN that is wanted
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ def unit_sums(tokens: Tensor, weights: Tensor, centre: Tensor | None = None, cha
         if channels is not None:
             chunk = chunk * channels
         norm = torch.linalg.vector_norm(chunk, dim=1, out=norms[start : start + rows])
-        scale = torch.where(norm > 0, 1 / norm, 0.0)
+        scale = norm.reciprocal().nan_to_num_(posinf=0.0)  # a zero token stays zero
         sums.addmm_(weights[:, start : start + rows] * scale, chunk)
     return sums, norms
 
@@ -132,20 +153,16 @@ def structure(
         coupling_k = mean cosine between object k and every other patch of its image.
     """
     sums, norms = unit_sums(tokens, groups.weights, centre, channels)
-    sizes = groups.sizes
-    own_pairs = groups.weights @ (norms > 0).to(groups.weights)  # Σ|u_i|², the pairs of a token with itself
-    squares = (sums * sums).sum(dim=1)
-    inside = (squares - own_pairs) / (sizes * (sizes - 1))
     b = groups.n_images
-    objects, images = sums[b:], sums[:b][groups.owner]
-    outside = sizes[:b][groups.owner] - sizes[b:]
-    coupling = ((objects * images).sum(dim=1) - squares[b:]) / (sizes[b:] * outside)
-    defined = (sizes[b:] >= 2) & (outside >= 1)
-    undefined = torch.tensor(float("nan"), device=sums.device)
+    own = groups.weights @ norms.sign()  # Σ|u_i|², the pairs of a token with itself
+    squares = (sums * sums).sum(dim=1)
+    inside = (squares - own) / groups.pairs
+    across = (sums[b:] * sums[groups.owner]).sum(dim=1) - squares[b:]
+    undefined = groups.outside_pairs.isnan()
     return Structure(
-        homogeneity=torch.where(sizes[:b] >= 2, inside[:b], undefined),
-        cohesion=torch.where(defined, inside[b:], undefined),
-        coupling=torch.where(defined, coupling, undefined),
+        homogeneity=inside[:b],
+        cohesion=inside[b:].masked_fill(undefined, float("nan")),
+        coupling=across / groups.outside_pairs,
         norms=norms,
     )
 
