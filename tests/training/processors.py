@@ -1,6 +1,6 @@
 """Tiny real processors, built offline: a word-level tokenizer whose tokens can be counted by hand."""
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
@@ -34,6 +34,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex("\n+"), "isolated"),
         ]
     )
+    # As Llama's: a <bos> in front of any text, which a template that writes its own must not get twice.
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",

@@ -92,8 +92,11 @@ def test_spans_agree_with_generation_markers() -> None:
 
 
 def test_bos_is_not_doubled(llava) -> None:
-    encoded = Encoder(llava)(conversation(turns(["hello"], ["world"])))
-    assert encoded.sequence["input_ids"].tolist().count(llava.tokenizer.bos_token_id) == 1
+    """The tests' tokenizer writes one by itself, and so does the template; a template without gets the tokenizer's."""
+    bare = make_llava(TEMPLATE.replace("IMAGE", "<image>").replace("{{ bos_token }}", ""))
+    for processor in (llava, bare):
+        encoded = Encoder(processor)(conversation(turns(["hello"], ["world"])))
+        assert shown(processor, encoded) == "<bos> USER: hello / ASSISTANT: WORLD <EOS> /"
 
 
 def test_max_length_cuts_text_and_says_how_much(llava) -> None:
@@ -154,6 +157,13 @@ def test_carry_over_skips_what_the_picture_brings() -> None:
     assert [index for index, value in enumerate(result) if value] == [10, 11, 17]
     with pytest.raises(TemplateError, match="not found after the processor expanded"):
         carry_over(plain, labelled, frozenset({9}), [1, 8, 8, 5, 2, 7])
+
+
+def test_carry_over_tells_equal_turns_apart() -> None:
+    plain, labelled = [1, *[9, 5, 2] * 3], [False, *[False, False, True] * 3]
+    expanded = [1, 8, 8, 5, 2, 8, 5, 2, 8, 8, 8, 5, 2]
+    result = carry_over(plain, labelled, frozenset({9}), expanded)
+    assert [index for index, value in enumerate(result) if value] == [4, 7, 12]
 
 
 def test_overlapping_leaves_out_tokens_without_characters() -> None:
