@@ -1,18 +1,19 @@
 """Look inside a model: what is left of a picture at every layer.
 
     python examples/01_diagnose.py            # the tiny testbed model, offline
-    python examples/01_diagnose.py MODEL DIR  # any image-text-to-text checkpoint, and a folder with a class per subfolder
+    python examples/01_diagnose.py MODEL DIR  # any image-text-to-text checkpoint, and a folder of pictures
 """
 
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 import keepsight
 from keepsight.testbed.drawing import render
 from keepsight.testbed.models import build_vlm
 from keepsight.testbed.scenes import draw_scenes
 from keepsight.vlm.load import load_model
-from PIL import Image
 
 if len(sys.argv) == 3:
     model, processor = load_model(sys.argv[1])

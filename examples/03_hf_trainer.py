@@ -3,12 +3,13 @@
     python examples/03_hf_trainer.py
 """
 
+from transformers import Trainer, TrainingArguments
+
 import keepsight
 from keepsight.testbed.folders import write_folder
 from keepsight.testbed.models import build_vlm
 from keepsight.testbed.scenes import draw_scenes
 from keepsight.training import Collator, ConversationDataset, Encoder, LlavaConversations
-from transformers import Trainer, TrainingArguments
 
 
 class PReTrainer(keepsight.PReTrainerMixin, Trainer):

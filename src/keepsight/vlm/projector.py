@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 
 def noise_pictures(count: int, size: int, generator: torch.Generator) -> list[Image.Image]:
@@ -46,7 +47,7 @@ def mean_embedding_norm(embedding: nn.Module, rows: int, chunk: int = 8192) -> f
 
 @torch.no_grad()
 def initialise_projector(
-    projector: nn.Module, features: Tensor, target_norm: float, generator: torch.Generator
+    projector: LlavaMultiModalProjector, features: Tensor, target_norm: float, generator: torch.Generator
 ) -> None:
     """Fill `projector.linear_1` and `.linear_2` from `generator` and scale them on `features` [T, D_vision].
 

@@ -59,7 +59,7 @@ class Vlm:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         base = unwrap(model)
-        config = getattr(base, "config", None)
+        config: Any = getattr(base, "config", None)
         self.family: str = getattr(config, "model_type", type(base).__name__)
         if self.family in _OUT_OF_SCOPE:
             raise ValueError(f"model family {self.family!r} is not supported: {_OUT_OF_SCOPE[self.family]}.")
@@ -70,7 +70,7 @@ class Vlm:
                 "'image_token_index'. keepsight needs a model that AutoModelForImageTextToText can load."
             )
         self.image_token_id = int(image_token_id)
-        self.config = config
+        self.config: Any = config
         self.core: nn.Module = base.base_model  # type: ignore[assignment]
         self.decoder = _decoder(base, self.family)
         self.layers: nn.ModuleList = self.decoder.layers  # type: ignore[assignment]
