@@ -17,6 +17,7 @@ from torch import Tensor
 
 HISTORY = 6
 STAGNATION = 8  # steps without progress beyond float32 noise
+SHRINK = 0.85  # finished problems are dropped once the others are at most this share
 
 
 @dataclass(frozen=True)
@@ -83,26 +84,33 @@ class _Problems:
         p, r, width, c = parameters.shape
         return (self.features @ parameters.transpose(1, 2).reshape(p, width, r * c)).view(p, -1, r, c)
 
-    def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss [p, r] and log-probabilities."""
-        log_share = logits.log_softmax(dim=-1)
+    def loss(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Mean loss [p, r], and the shares p(class) as numerators [p, n, r, C] and denominators [p, n, r, 1].
+
+        Logits are taken relative to that of the right answer: log(1 + small) keeps small losses exact in float32, and
+        a step that would overflow has an infinite loss, which the line search refuses.
+        """
         index = self.y[None, :, None, None].expand(*logits.shape[:3], 1)
-        return -log_share.gather(3, index)[..., 0].double().mean(dim=1), log_share
+        odds = (logits - logits.gather(3, index)).exp_()
+        total = odds @ odds.new_ones(self.classes, 1)  # a product is much faster than a sum over a short dimension
+        return total[..., 0].log().double().mean(dim=1), (odds, total)
 
     def penalty(self, a: Tensor, b: Tensor) -> Tensor:
         return 0.5 * (self.ridge * a * b).sum(dim=(2, 3)).double()
 
-    def gradient(self, log_share: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, shares: tuple[Tensor, Tensor], parameters: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, and the inverse of the diagonal model of the Hessian at the present uncertainty."""
-        p, n, r, c = log_share.shape
-        share = log_share.exp_()
-        # mean p(1 − p): the shares of a picture sum to one
-        uncertainty = (1 / c - share.square().sum(dim=3).mean(dim=1) / c)[..., None, None]
+        odds, total = shares
+        p, n, r, c = odds.shape
+        share = odds.div_(total)
+        # mean p(1 − p) over pictures and classes; the shares of a picture sum to one
+        squares = share.view(p, n, r * c).square().sum(dim=1).view(p, r, c).sum(dim=2)
+        uncertainty = ((1 - squares / n) / c)[..., None, None]
         index = self.y[None, :, None, None].expand(p, n, r, 1)
         share.scatter_add_(3, index, share.new_full((1, 1, 1, 1), -1.0).expand(p, n, r, 1))
         flat = self.features.transpose(1, 2) @ share.view(p, n, r * c)
         gradient = flat.view(p, -1, r, c).transpose(1, 2) / n
-        return gradient.addcmul(self.ridge, parameters), 1 / (uncertainty * self.spread + self.ridge)
+        return gradient.addcmul(self.ridge, parameters), (uncertainty * self.spread + self.ridge).reciprocal_()
 
 
 class _History:
@@ -169,8 +177,8 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
     rows, columns = torch.arange(p), torch.arange(r)  # the problems still running
     parameters = torch.zeros_like(solution)
     logits = problems.logits(parameters)
-    value, log_share = problems.loss(logits)
-    gradient, inverse = problems.gradient(log_share, parameters)
+    value, shares = problems.loss(logits)
+    gradient, inverse = problems.gradient(shares, parameters)
     stalled = torch.zeros_like(value)
     steps = 0
     while steps < max_steps:
@@ -183,7 +191,7 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
         step = torch.ones_like(value)
         for _ in range(20):  # a straight line in the logits: a trial costs no product with the features
             trial_logits = torch.addcmul(logits, step.to(x.dtype)[:, None, :, None], along)
-            loss, log_share = problems.loss(trial_logits)
+            loss, shares = problems.loss(trial_logits)
             trial = loss + base + step * cross + step**2 * own
             bad = trial > value + 1e-4 * step * slope + 1e-7 * value.abs()
             if not bad.any():
@@ -192,7 +200,7 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
         logits = trial_logits
         moved = step.to(x.dtype)[..., None, None] * direction
         parameters = parameters + moved
-        following, inverse = problems.gradient(log_share, parameters)
+        following, inverse = problems.gradient(shares, parameters)
         history.add(moved, following - gradient)
         stalled = torch.where(value - trial <= 1e-6 * trial.abs(), stalled + 1, 0.0)
         gradient, value = following, trial
@@ -200,16 +208,16 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
         done = (gap <= tolerance * value) | (stalled >= STAGNATION)
         # A problem keeps the solution of its own last step, however long its neighbours go on.
         fresh = ~finished[rows[:, None], columns]
-        place = rows[:, None], columns
-        solution[place] = torch.where(fresh[..., None, None], parameters, solution[place])
-        best[place] = torch.where(fresh, value, best[place])
-        finished[place] |= done
-        done = finished[place]
-        if done.all():
+        row, column = (fresh & (done if steps < max_steps else torch.ones_like(done))).nonzero(as_tuple=True)
+        solution[rows[row], columns[column]] = parameters[row, column]
+        best[rows[row], columns[column]] = value[row, column]
+        finished[rows[row], columns[column]] = True
+        going = ~finished[rows[:, None], columns]
+        if not going.any():
             break
-        keep_rows, keep_columns = ~done.all(dim=1), ~done.all(dim=0)
-        if keep_rows.all() and keep_columns.all():
-            continue
+        keep_rows, keep_columns = going.any(dim=1), going.any(dim=0)
+        if int(keep_rows.sum()) * int(keep_columns.sum()) > SHRINK * going.numel():
+            continue  # copying what is left would cost more than carrying a few finished problems along
         rows, columns = rows[keep_rows], columns[keep_columns]
         problems.keep(keep_rows, keep_columns)
         history.keep(keep_rows, keep_columns)
