@@ -11,7 +11,7 @@ from keepsight.testbed._vision import patch_objects
 from keepsight.testbed.drawing import render
 from keepsight.testbed.scenes import draw_scenes
 
-TINY = Schedule(steps=6, batch=2, lr=1e-3, horizon=6, rundown=2, warmup=2, save_every=2)
+TINY = Schedule(steps=6, batch=2, lr=1e-3, horizon=6, rundown=2, warmup=2, save_every=2, matrix_lr=0.01)
 
 
 def test_schedule_by_hand():
@@ -77,11 +77,6 @@ def test_fast_encoding_is_the_tokenizers_and_the_templates():
     assert encode("<image>") == [processor.image_token_id]
 
 
-def test_answers_weigh_the_same_whatever_their_length():
-    answer = torch.tensor([[False, True, True, False, True], [True, True, True, False, False]])
-    assert _text.answer_weights(answer).tolist() == pytest.approx([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3])
-
-
 def test_patch_objects_by_hand():
     import numpy as np
 
@@ -113,6 +108,7 @@ def test_stages_need_the_ones_before(tmp_path):
 def test_every_stage_runs_and_its_weights_load(tmp_path, monkeypatch, caplog):
     short = {name: Schedule(1, 2, 1e-3, horizon=1, rundown=1, warmup=1) for name in pretrain.STAGES}
     monkeypatch.setattr(pretrain, "STAGES", short)
+    monkeypatch.setattr(pretrain, "SHORT", Schedule(1, 2, 1e-3, horizon=1, rundown=1, warmup=1, matrix_lr=0.01))
     with caplog.at_level(logging.INFO):
         for stage in short:
             pretrain.run_stage(stage, tmp_path / "work", tmp_path / "out")
@@ -142,3 +138,33 @@ def test_projector_stage_moves_the_projector_alone():
     moved = {name for name, p in model.named_parameters() if p.grad is not None}
     assert moved == {name for name, _ in model.named_parameters() if "multi_modal_projector" in name}
     assert isinstance(task, nn.Module)
+
+
+@pytest.mark.parametrize("language", models.LANGUAGES)
+def test_first_layer_starts_by_looking_back_by_fixed_distances(language):
+    model = models.new_language_model(language, 0)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(7, len(models.vocabulary()), (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        attention = model(input_ids=ids, output_attentions=True).attentions[0][0]  # [heads, S, S]
+    for head in range(4):
+        looked = attention[head, 10:].argmax(dim=1)
+        assert (torch.arange(10, 40) - looked).tolist() == [head + 1] * 30
+
+
+def test_later_layers_start_by_looking_at_their_own_kind():
+    layers = models.new_language_model("llama", 0).model.layers
+    for layer in layers[1:]:
+        assert torch.equal(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+    assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[0].self_attn.k_proj.weight)
+
+
+def test_a_deepened_model_computes_what_the_short_one_does():
+    short = models.new_language_model("llama", 3, layers=3)
+    deep = models.deepened(short, 4)
+    assert deep.config.num_hidden_layers == 8
+    ids = torch.randint(7, len(models.vocabulary()), (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(deep(input_ids=ids).logits, short(input_ids=ids).logits, atol=1e-5)
+    deep(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.mlp.down_proj.weight.grad.abs().sum() > 0 for layer in deep.model.layers)  # and all can learn

@@ -25,10 +25,12 @@ def test_linear_probe_finds_what_is_linear_and_nothing_else():
 
 
 @pytest.mark.slow
-def test_encoder_is_as_good_as_the_card_says():
+def test_parts_are_as_good_as_the_card_says():
     figures = evaluate()
     for name in ("shape", "color"):
         assert figures[f"encoder, object patches: {name}"] > 0.9
+    for language in models.LANGUAGES:
+        assert figures[f"{language}, questions about a described scene"] > 0.9
     # Clearly above chance, yet with room: else nothing could be seen to decay.
     for target in ("texture", "orientation", "lighting", "tint"):
         assert 0.7 < figures[f"encoder, mean of the patches: {target}"] < 0.98

@@ -1,4 +1,4 @@
-"""Questions about pictures: greedy answers scored by their words, and how far one gets without looking.
+"""Questions about pictures: greedy answers scored by exact match, and how far one gets without looking.
 
 An accuracy says little without its prior: the best score that the questions' wording alone allows. Both come as
 `Measurement` rows over all questions and per question type, with 95 % intervals that respect that several questions
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +29,13 @@ _ARTICLES = {"a", "an", "the"}
 
 @dataclass(frozen=True)
 class VqaItem:
-    """One question.
-
-    `picture` names the picture for clustering; without it each question is its own cluster. `match` is "exact", or
-    "ending" for models that say what an answer rests on before they give it: then the last words must be the answer.
-    """
+    """One question. `picture` names the picture for clustering; without it each question is its own cluster."""
 
     question: str
     answer: str
     image: Image.Image | str | Path | None = None
     kind: str = ""
     picture: Hashable = None
-    match: Literal["exact", "ending"] = "exact"
 
 
 @dataclass(frozen=True)
@@ -64,12 +59,6 @@ def normalise(answer: str) -> str:
     """Lower case, no punctuation, no articles, number words as digits, single spaces."""
     words = re.sub(r"[^\w\s]", " ", answer.lower()).split()
     return " ".join(str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in words if word not in _ARTICLES)
-
-
-def matches(item: VqaItem, prediction: str) -> bool:
-    """Whether a prediction counts as right, after `normalise`."""
-    said, wanted = normalise(prediction).split(), normalise(item.answer).split()
-    return bool(wanted) and (said if item.match == "exact" else said[-len(wanted) :]) == wanted
 
 
 def interval(correct: Sequence[bool], clusters: Sequence[Hashable], seed: int = 0) -> tuple[float, float]:
@@ -104,7 +93,7 @@ def interval(correct: Sequence[bool], clusters: Sequence[Hashable], seed: int = 
 def answer_accuracy(
     model: Any, processor: Any, items: Sequence[VqaItem], batch_size: int = 16, max_new_tokens: int = 8
 ) -> VqaResult:
-    """Greedy answers to `items`, scored by `matches`, as rows `answer_accuracy`.
+    """Greedy answers to `items` by exact match after `normalise`, as rows `answer_accuracy`.
 
     Prompts come from the processor's chat template, the picture first. Batches are padded on the left, so that
     an answer does not depend on what it shares a batch with; items with and without a picture go in batches apart.
@@ -162,7 +151,7 @@ def _backing_off(item: VqaItem) -> tuple[tuple[str, ...], ...]:
 
 def _score(metric: str, items: Sequence[VqaItem], predictions: Sequence[str]) -> VqaResult:
     records = [
-        VqaRecord(item, prediction, matches(item, prediction))
+        VqaRecord(item, prediction, normalise(prediction) == normalise(item.answer))
         for item, prediction in zip(items, predictions, strict=True)
     ]
     clusters = [("alone", i) if r.item.picture is None else ("picture", r.item.picture) for i, r in enumerate(records)]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
-from keepsight.testbed.language import CAPTION_REQUEST, Turn, caption, describe, questions
+from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
 from keepsight.testbed.models import vocabulary
 from keepsight.testbed.scenes import Scene, draw_scenes
 
 SEED = 12
 CONTEXT_WEIGHT = 0.1  # weight of a token of description or question against one of an answer
-RESTATE_REQUEST = "describe it ."
 
 
 def encode(text: str) -> list[int]:
@@ -37,28 +35,11 @@ def dialogue(context: str, turns: Sequence[tuple[str, str]]) -> tuple[list[int],
 
 
 def text_turns(scene: Scene, count: int) -> tuple[str, list[tuple[str, str]]]:
-    """A description of the scene and what follows it: `count` questions; or the caption, or the scene in other words,
-    each a quarter of the time, and two questions fewer. Every word of a restated scene hangs on which properties
-    belong together, so it teaches binding far faster than questions do, whose answers hold one such word."""
-    rng = np.random.default_rng([scene.seed, scene.index, 3])
-    description = describe(scene, rng)
+    """A scene in words, and what is said about it: `count` questions, one time in eight the caption again first."""
     turns = [(t.question, t.answer) for t in questions(scene, count)]
-    opening = rng.random()
-    if opening < 0.25:
+    if scene.index % 8 == 0:
         turns = [(CAPTION_REQUEST, caption(scene)), *turns[2:]]
-    elif opening < 0.5:
-        turns = [(RESTATE_REQUEST, in_other_words(scene, rng)), *turns[2:]]
-    return description, turns
-
-
-def in_other_words(scene: Scene, rng: np.random.Generator) -> str:
-    """All objects in any order, the properties of each in any order."""
-    parts = []
-    for i in rng.permutation(len(scene.objects)):
-        o = scene.objects[int(i)]
-        properties = (o.size, o.color, o.shape, o.place)
-        parts.append(" ".join(properties[int(k)] for k in rng.permutation(4)))
-    return " , ".join(parts) + " ."
+    return caption(scene), turns
 
 
 def pad(rows: Sequence[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor]:
@@ -72,18 +53,11 @@ def pad(rows: Sequence[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor]:
     return ids, said
 
 
-def answer_weights(answer: Tensor) -> Tensor:
-    """1 / length of the answer that each answer token belongs to, [number of True] from the mask bool [B, S]."""
-    starts = answer & ~F.pad(answer, (1, 0))[:, :-1]
-    owner = starts.flatten().long().cumsum(dim=0)[answer.flatten()]
-    return 1 / torch.bincount(owner)[owner].float()
-
-
 def text_loss(
-    model: LlamaForCausalLM | Qwen2ForCausalLM, step: int, batch: int, *, turns: int = 6, seed: int = SEED
+    model: LlamaForCausalLM | Qwen2ForCausalLM, step: int, batch: int, *, turns: int = 8, seed: int = SEED
 ) -> tuple[Tensor, str]:
-    """Cross-entropy of a fresh batch: each answer weighs the same, however long it is, and a token of the rest a tenth
-    of an answer's. Causal, so right padding needs no mask."""
+    """Cross-entropy of a fresh batch: what the assistant says in full, the rest at a tenth. Causal, so right padding
+    needs no mask."""
     scenes = draw_scenes(seed, batch, start=step * batch)
     ids, said = pad([dialogue(*text_turns(scene, turns)) for scene in scenes])
     logits = model(input_ids=ids).logits[:, :-1]
@@ -91,9 +65,7 @@ def text_loss(
     each = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
     rest = (target != vocabulary()["<pad>"]) & ~answer
     right = (logits.argmax(dim=-1) == target)[answer].float().mean()
-    weights = answer_weights(answer)
-    answers = (each[answer] * weights).sum() / weights.sum()
-    return answers + CONTEXT_WEIGHT * each[rest].mean(), f"answer tokens {right:.3f}"
+    return each[answer].mean() + CONTEXT_WEIGHT * each[rest].mean(), f"answer tokens {right:.3f}"
 
 
 @torch.no_grad()
@@ -102,11 +74,9 @@ def text_accuracy(model: LlamaForCausalLM | Qwen2ForCausalLM, scenes: Sequence[S
 
     Each question stands alone after its description, so no earlier answer helps.
     """
-    rows: list[tuple[list[int], list[bool]]] = []
-    for scene in scenes:
-        rng = np.random.default_rng([scene.seed, scene.index, 4])
-        asked: list[Turn] = questions(scene, turns)
-        rows += [dialogue(describe(scene, rng), [(t.question, t.answer)]) for t in asked]
+    rows = [
+        dialogue(caption(scene), [(turn.question, turn.answer)]) for scene in scenes for turn in questions(scene, turns)
+    ]
     right = 0
     for start in range(0, len(rows), 256):
         ids, said = pad(rows[start : start + 256])

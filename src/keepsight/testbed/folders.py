@@ -73,5 +73,5 @@ def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[VqaItem]:
         image = Image.fromarray(pixels)
         for turn in questions(scene, turns):
             name = _name(scene)
-            items.append(VqaItem(turn.question, turn.value, image, turn.kind, picture=name, match="ending"))
+            items.append(VqaItem(turn.question, turn.answer, image, turn.kind, picture=name))
     return items

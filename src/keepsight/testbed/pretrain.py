@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from keepsight.testbed import models
 from keepsight.testbed._alignment import ProjectorTask
@@ -29,11 +30,12 @@ from keepsight.testbed._vision import EncoderTask
 
 logger = logging.getLogger(__name__)
 
-QWEN2_SCENES = 14
+SHORT_SCENES, QWEN2_SCENES = 15, 14
+SHORT = Schedule(steps=1400, batch=32, lr=3e-3, horizon=1600, rundown=300, warmup=50, matrix_lr=0.02)
 STAGES = {
     "encoder": Schedule(steps=2000, batch=64, lr=1.5e-3, horizon=2600, rundown=200),
-    "llama": Schedule(steps=2000, batch=32, lr=2e-3, horizon=4000, rundown=400),
-    "qwen2": Schedule(steps=500, batch=32, lr=1e-3, horizon=500, rundown=100),
+    "llama": Schedule(steps=200, batch=32, lr=1e-3, horizon=200, rundown=80, warmup=20, matrix_lr=0.005),
+    "qwen2": Schedule(steps=150, batch=32, lr=1e-3, horizon=150, rundown=50, warmup=20, matrix_lr=0.005),
     "projector-llama": Schedule(steps=400, batch=32, lr=2e-3, horizon=400, rundown=100),
     "projector-qwen2": Schedule(steps=400, batch=32, lr=2e-3, horizon=400, rundown=100),
 }
@@ -59,9 +61,13 @@ def run_stage(stage: str, work: Path, out: Path) -> None:
         train(alignment, lambda step: alignment.loss(step, schedule.batch), schedule, state)
         shipped = model.model.multi_modal_projector
     else:
-        lm = models.new_language_model(cast(models.Language, stage), 3)
-        scenes = LLAMA_SCENES if stage == "llama" else QWEN2_SCENES
-        if stage == "qwen2":  # the same shapes but for the attention's biases, which start at zero
+        lm: LlamaForCausalLM | Qwen2ForCausalLM
+        if stage == "llama":
+            short = models.new_language_model("llama", 3, layers=len(models.FIRST_TAUGHT))
+            train(short, lambda step: text_loss(short, step, SHORT.batch, seed=SHORT_SCENES), SHORT, work / "short.pt")
+            lm, scenes = models.deepened(cast(LlamaForCausalLM, short), 4), LLAMA_SCENES
+        else:  # the same shapes but for the attention's biases, which start at zero
+            lm, scenes = models.new_language_model("qwen2", 3), QWEN2_SCENES
             lm.load_state_dict(models.load_language_model("llama", out).state_dict(), strict=False)
         train(lm, lambda step: text_loss(lm, step, schedule.batch, seed=scenes), schedule, state)
         shipped = lm

@@ -1,0 +1,59 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from keepsight.results import RunDirectory
+from keepsight.testbed import demo
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    text = io.StringIO()
+    path = demo.run(out, steps=2, console=Console(file=text, width=200, highlight=False))
+    return out, path, text.getvalue()
+
+
+@pytest.mark.slow
+def test_both_arms_start_alike_and_end_apart(done):
+    out, _, _ = done
+    without, with_pre = (RunDirectory.open(out / name) for name in ("without-pre", "with-pre"))
+    assert without.info["model"]["before"] == with_pre.info["model"]["before"]
+    assert without.info["model"]["fingerprint"] != with_pre.info["model"]["fingerprint"]
+    assert (without.info["pre_layer"], with_pre.info["pre_layer"]) == (None, 4)
+    assert without.info["seeds"] == with_pre.info["seeds"] == [0]
+
+
+@pytest.mark.slow
+def test_rows_of_every_layer_target_and_question(done):
+    out, _, _ = done
+    for name in ("without-pre", "with-pre"):
+        rows = RunDirectory.open(out / name).read_rows()
+        probes = {(row.target, row.layer) for row in rows if row.metric == "probe_accuracy" and not row.variant}
+        assert probes == {(target, layer) for target in demo.TARGETS for layer in range(9)}
+        for metric in ("gap", "participation_ratio", "token_norm"):
+            assert {row.layer for row in rows if row.metric == metric} == set(range(9)), metric
+        answers = {row.metric for row in rows if row.metric.startswith("answer_") and not row.target}
+        assert answers == {"answer_accuracy", "answer_prior"}
+
+
+@pytest.mark.slow
+def test_terminal_ends_with_a_verdict_and_the_report(done):
+    _, path, text = done
+    assert path.stat().st_size > 1_000_000
+    assert "one seed: an illustration" in text
+    assert "above the text-only prior of" in text
+    assert str(path) in text.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_a_second_demo_does_not_overwrite_the_first_unasked(done):
+    out, _, _ = done
+    with pytest.raises(FileExistsError, match="holds a demo already"):
+        demo.run(out, steps=2, console=Console(file=io.StringIO()))
+
+
+def test_steps_out_of_range(tmp_path):
+    with pytest.raises(ValueError, match="steps is 0"):
+        demo.run(tmp_path / "x", steps=0, console=Console(file=io.StringIO()))
