@@ -31,7 +31,7 @@ from keepsight.testbed._vision import EncoderTask
 logger = logging.getLogger(__name__)
 
 SHORT_SCENES, QWEN2_SCENES = 15, 14
-SHORT = Schedule(steps=1400, batch=32, lr=3e-3, horizon=1600, rundown=300, warmup=50, matrix_lr=0.02)
+SHORT = Schedule(steps=1000, batch=32, lr=3e-3, horizon=1600, rundown=300, warmup=50, matrix_lr=0.02)
 STAGES = {
     "encoder": Schedule(steps=2000, batch=64, lr=1.5e-3, horizon=2600, rundown=200),
     "llama": Schedule(steps=200, batch=32, lr=1e-3, horizon=200, rundown=80, warmup=20, matrix_lr=0.005),
