@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HISTORY = 6
+HISTORY = 4
 STAGNATION = 8  # steps without progress beyond float32 noise
 SHRINK = 0.85  # finished problems are dropped once the others are at most this share
 
@@ -61,28 +61,29 @@ def _basis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Problems:
-    """p × r problems in the eigenbasis: features [p, n, D], penalty and mean square of each coordinate [p, r, D, 1].
+    """p × r problems in the eigenbasis: features [p, n, D], penalty and mean square of each coordinate [p, r, 1, D].
 
-    Parameters are [p, r, D, C], logits [p, n, r, C]; the last of the D coordinates is the intercept.
+    Parameters are [p, r, C, D], logits [p, n, r, C]; the last of the D coordinates is the intercept.
     """
 
     def __init__(self, features: Tensor, squares: Tensor, l2: Tensor, y: Tensor, classes: int) -> None:
         p, n, width = features.shape
         r = l2.shape[0]
         ridge = l2.to(features)[None, :, None].expand(p, r, width)
-        self.ridge = torch.cat([ridge, ridge.new_zeros(p, r, 1)], dim=2)[..., None]
+        self.ridge = torch.cat([ridge, ridge.new_zeros(p, r, 1)], dim=2)[:, :, None]
         spread = (squares / n)[:, None, :].expand(p, r, width)
-        self.spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[..., None]
+        self.spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[:, :, None]
         self.features = torch.cat([features, features.new_ones(p, n, 1)], dim=2)
         self.y, self.classes = y, classes
+        self.right = torch.nn.functional.one_hot(y, classes).to(features)[None, :, None]  # [1, n, 1, C]
 
     def keep(self, rows: Tensor, columns: Tensor) -> None:
         self.features = self.features[rows]
         self.ridge, self.spread = self.ridge[rows][:, columns], self.spread[rows][:, columns]
 
     def logits(self, parameters: Tensor) -> Tensor:
-        p, r, width, c = parameters.shape
-        return (self.features @ parameters.transpose(1, 2).reshape(p, width, r * c)).view(p, -1, r, c)
+        p, r, c, width = parameters.shape
+        return (self.features @ parameters.reshape(p, r * c, width).transpose(1, 2)).view(p, -1, r, c)
 
     def loss(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Mean loss [p, r], and the shares p(class) as numerators [p, n, r, C] and denominators [p, n, r, 1].
@@ -106,11 +107,9 @@ class _Problems:
         # mean p(1 − p) over pictures and classes; the shares of a picture sum to one
         squares = share.view(p, n, r * c).square().sum(dim=1).view(p, r, c).sum(dim=2)
         uncertainty = ((1 - squares / n) / c)[..., None, None]
-        index = self.y[None, :, None, None].expand(p, n, r, 1)
-        share.scatter_add_(3, index, share.new_full((1, 1, 1, 1), -1.0).expand(p, n, r, 1))
-        flat = self.features.transpose(1, 2) @ share.view(p, n, r * c)
-        gradient = flat.view(p, -1, r, c).transpose(1, 2) / n
-        return gradient.addcmul(self.ridge, parameters), (uncertainty * self.spread + self.ridge).reciprocal_()
+        share.sub_(self.right)
+        gradient = (share.view(p, n, r * c).transpose(1, 2) @ self.features).div_(n).view(p, r, c, -1)
+        return gradient.addcmul_(self.ridge, parameters), (uncertainty * self.spread + self.ridge).reciprocal_()
 
 
 class _History:
@@ -122,11 +121,13 @@ class _History:
 
     def add(self, s: Tensor, z: Tensor) -> None:
         s, z = s.flatten(2)[:, :, None], z.flatten(2)[:, :, None]
-        positive = (s * z).sum(dim=3, keepdim=True) > 0
-        s, z = s * positive, z * positive  # a pair without positive curvature is an empty one
-        if self.s is not None and self.z is not None:
-            s, z = (torch.cat([old[:, :, 1 - HISTORY :], new], dim=2) for old, new in ((self.s, s), (self.z, z)))
-        self.s, self.z = s, z
+        if self.s is None or self.z is None:
+            self.s, self.z = s, z
+        elif self.s.shape[2] < HISTORY:
+            self.s, self.z = torch.cat([self.s, s], dim=2), torch.cat([self.z, z], dim=2)
+        else:
+            self.s, self.z = self.s.roll(-1, dims=2), self.z.roll(-1, dims=2)
+            self.s[:, :, -1:], self.z[:, :, -1:] = s, z
 
     def keep(self, rows: Tensor, columns: Tensor) -> None:
         if self.s is not None and self.z is not None:
@@ -171,7 +172,7 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
     features, squares, back = _basis(x)
     problems, history = _Problems(features, squares, l2, y, classes), _History()
     p, r, width = features.shape[0], l2.shape[0], features.shape[2]
-    solution = x.new_zeros(p, r, width + 1, classes)
+    solution = x.new_zeros(p, r, classes, width + 1)
     best = x.new_zeros(p, r, dtype=torch.float64)
     finished = torch.zeros(p, r, dtype=torch.bool)
     rows, columns = torch.arange(p), torch.arange(r)  # the problems still running
@@ -225,5 +226,5 @@ def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 
         parameters, gradient, inverse, value, stalled = (
             t[keep_rows][:, keep_columns] for t in (parameters, gradient, inverse, value, stalled)
         )
-    weights = torch.einsum("pdw,prwc->prdc", back, solution[:, :, :-1])
-    return Solution(weights, solution[:, :, -1], best, steps)
+    weights = back[:, None] @ solution[..., :-1].transpose(2, 3)
+    return Solution(weights, solution[..., -1], best, steps)
