@@ -1,10 +1,12 @@
 """What the commands share: the terminal, and silence from libraries."""
 
+import sys
 import warnings
 
 from rich.console import Console
 
-console = Console(highlight=False)
+# Wide enough for the tables where the output goes to a file.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def quiet() -> None:

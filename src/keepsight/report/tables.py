@@ -101,13 +101,14 @@ def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str 
         loaded.insert(0, LoadedRun("value", rows))
     opened = open_runs(loaded)
     grid = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", pad_edge=False)
-    grid.add_column("measure")
+    # In a narrow terminal intervals go on a second line; what a row measures is never squeezed out.
+    grid.add_column("measure", min_width=16)
     grid.add_column("layer", no_wrap=True)
     for run in opened:
-        grid.add_column(Text(run.label), justify="right", no_wrap=True)
+        grid.add_column(Text(run.label), justify="right", min_width=13)
     for run in opened[1:]:
         name = "difference" if len(opened) == 2 else f"{run.label} − {opened[0].label}"
-        grid.add_column(Text(name), justify="right", no_wrap=True)
+        grid.add_column(Text(name), justify="right", min_width=13)
     previous = None
     lines = summary(opened, full=full)
     for line, following in zip(lines, [*lines[1:], None], strict=True):

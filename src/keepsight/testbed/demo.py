@@ -216,8 +216,8 @@ def _check_vacant(out: Path, overwrite: bool) -> None:
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     columns = (
-        TextColumn("{task.description:32s}"),
-        BarColumn(),
+        TextColumn("{task.description:27s}"),
+        BarColumn(bar_width=16),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
@@ -242,5 +242,5 @@ class _Bar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "lm_loss" in logs:
-            cosine = f"  cosine {logs['pre_cosine']:.3f}" if "pre_cosine" in logs else ""
+            cosine = f" cosine {logs['pre_cosine']:.2f}" if "pre_cosine" in logs else ""
             self.bar.update(self.task, note=f"loss {logs['lm_loss']:.2f}{cosine}")

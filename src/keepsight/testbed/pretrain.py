@@ -34,10 +34,10 @@ SHORT_SCENES, QWEN2_SCENES = 15, 14
 SHORT = Schedule(steps=1000, batch=32, lr=3e-3, horizon=1600, rundown=300, warmup=50, matrix_lr=0.02)
 STAGES = {
     "encoder": Schedule(steps=2000, batch=64, lr=1.5e-3, horizon=2600, rundown=200),
-    "llama": Schedule(steps=200, batch=32, lr=1e-3, horizon=200, rundown=80, warmup=20, matrix_lr=0.005),
-    "qwen2": Schedule(steps=150, batch=32, lr=1e-3, horizon=150, rundown=50, warmup=20, matrix_lr=0.005),
-    "projector-llama": Schedule(steps=400, batch=32, lr=2e-3, horizon=400, rundown=100),
-    "projector-qwen2": Schedule(steps=400, batch=32, lr=2e-3, horizon=400, rundown=100),
+    "llama": Schedule(steps=100, batch=32, lr=1e-3, horizon=100, rundown=50, warmup=20, matrix_lr=0.005),
+    "qwen2": Schedule(steps=60, batch=32, lr=1e-3, horizon=60, rundown=30, warmup=20, matrix_lr=0.005),
+    "projector-llama": Schedule(steps=400, batch=32, lr=3e-3, horizon=400, rundown=120, warmup=20, matrix_lr=0.02),
+    "projector-qwen2": Schedule(steps=200, batch=32, lr=3e-3, horizon=200, rundown=80, warmup=20, matrix_lr=0.02),
 }
 
 
