@@ -8,7 +8,6 @@ the calibration pass and the eigenvalues at the end, as shares of 1,000 pictures
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -87,16 +86,17 @@ def peak_above_model(n: int) -> float:
             image, mask = picture(i)
             image.save(Path(folder) / "images" / f"{i:05d}.png")
             Image.fromarray(mask).save(Path(folder) / "masks" / f"{i:05d}.png")
-        before = current_memory()
+        before = memory_of_process("VmRSS")
         labels = [f"class {i % 5}" for i in range(n)]
         images, masks = Path(folder) / "images", Path(folder) / "masks"
         diagnose(model, processor, images, labels=labels, masks=masks, progress=False)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return memory_of_process("VmHWM") - before
 
 
-def current_memory() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def memory_of_process(field: str) -> float:
+    """MiB; VmHWM is the peak. (getrusage's peak is inherited from the parent process, so it measures the wrong one.)"""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
 
 
 def memory() -> bool:
