@@ -45,7 +45,7 @@ class Size:
 
     steps: int = 120
     batch: int = 16
-    turns: int = 6
+    turns: int = 10
     diagnosed: int = 600
     asked: int = 100
 
@@ -122,7 +122,7 @@ def run(
                 projector=StageConfig(enabled=False),
                 full=StageConfig(
                     train=("projector", "language_model"),
-                    lr=5e-4,
+                    lr=2e-3,
                     batch_size=size.batch,
                     max_steps=size.steps,
                     lr_scheduler="cosine",
