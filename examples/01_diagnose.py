@@ -7,6 +7,7 @@
 import sys
 from pathlib import Path
 
+import rich
 from PIL import Image
 
 import keepsight
@@ -28,7 +29,7 @@ else:
     masks = list(masks)
 
 result = keepsight.diagnose(model, processor, pictures, labels=labels, masks=masks)
-result.table()
+rich.print(result.table())
 depth = result.info["depth"]
 
 for row in result.rows:

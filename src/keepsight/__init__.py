@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keepsight.diagnosis import Diagnosis, diagnose
     from keepsight.pre import DeadLossError, Handle, PReConfig, attach, handle_of, param_groups
     from keepsight.training.trainer import PReTrainerMixin
 
@@ -15,11 +16,15 @@ _WHERE = {
     "Handle": "keepsight.pre",
     "PReConfig": "keepsight.pre",
     "PReTrainerMixin": "keepsight.training.trainer",
+    "Diagnosis": "keepsight.diagnosis",
     "attach": "keepsight.pre",
+    "diagnose": "keepsight.diagnosis",
     "handle_of": "keepsight.pre",
     "param_groups": "keepsight.pre",
 }
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
+    "diagnose",
+    "Diagnosis",
     "attach",
     "PReConfig",
     "Handle",

@@ -87,7 +87,7 @@ def run(
     if steps is not None:
         if steps < 1:
             raise ValueError(f"steps is {steps}; the demo needs at least 1.")
-        size = Size(steps, size.batch, size.turns, min(size.diagnosed, 60 + 10 * steps), min(size.asked, 5 + steps))
+        size = Size(steps, size.batch, size.turns, min(size.diagnosed, 240 + 10 * steps), min(size.asked, 5 + steps))
     _check_vacant(out, overwrite)
     transformers_logging.disable_progress_bar()
 
