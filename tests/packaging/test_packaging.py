@@ -1,5 +1,6 @@
 """What is shipped agrees with itself: versions, dependencies, commands, data files."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,14 +72,17 @@ def test_core_is_lean(project: dict[str, Any]) -> None:
     assert not core & {"accelerate", "datasets", "peft", "scikit-learn", "pandas", "matplotlib", "torchvision"}
 
 
+def dry_run(*arguments: str) -> str:
+    """What make would do; the tests may run under make themselves, whose own settings must not be inherited."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-n", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "test-real"])
 def test_make_targets_set_up_before_they_run(target: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["make", "-n", target, f"VENV={tmp_path / 'venv'}", "ARGS=--flag"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
+    lines = dry_run(target, f"VENV={tmp_path / 'venv'}", "ARGS=--flag").splitlines()
     torch = next(i for i, line in enumerate(lines) if line.endswith("-c constraints.txt torch"))
     rest = next(i for i, line in enumerate(lines) if "-e '.[train,dev]'" in line)
     assert torch < rest < len(lines) - 1
@@ -88,8 +92,7 @@ def test_make_targets_set_up_before_they_run(target: str, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_bench_runs_every_benchmark_and_no_helper() -> None:
-    done = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = re.search(r"for file in (.*?); do", done.stdout)
+    listed = re.search(r"for file in (.*?); do", dry_run("bench"))
     assert listed is not None
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("[!_]*.py")}
     assert set(listed.group(1).split()) == files
