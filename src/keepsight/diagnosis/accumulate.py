@@ -160,8 +160,7 @@ class Accumulator:
         assert self._batch is not None
         batch, known, x = self._batch, self.calibration[layer], tokens.float()
         everything = batch.scopes["all"]
-        b, sizes = batch.n_images, everything.sizes[: batch.n_images]
-        self._taken["pooled"].append((everything.weights[:b] @ x) / sizes[:, None])
+        self._taken["pooled"].append(everything.token_mean(x))
 
         raw = structure(x, everything)
         blocks = {"all": _block(everything, raw, structure(x, everything, centre=known.mean))}
@@ -176,8 +175,8 @@ class Accumulator:
         for scope, groups in batch.scopes.items():
             if scope != "all":
                 blocks[scope] = _block(groups, structure(x, groups), structure(x, groups, centre=known.mean))
-        absent = x.new_full((b, len(VALUES)), float("nan"))
-        count = everything.weights[:b] @ sinks.float()
+        absent = x.new_full((batch.n_images, len(VALUES)), float("nan"))
+        count = everything.weights[everything.image_row] @ sinks.float()
         self._taken["values"].append(torch.cat([*(blocks.get(s, absent) for s in SCOPES), count[:, None]], dim=1))
 
         if layer == self.layers[0]:
@@ -241,8 +240,7 @@ class Accumulator:
 
 def _block(groups: Groups, raw: Structure, centred: Structure) -> Tensor:
     """[B, len(VALUES)], one row an image."""
-    b = groups.n_images
-    norm = (groups.weights[:b] @ raw.norms) / groups.sizes[:b]
+    norm = groups.token_mean(raw.norms)
     objects = torch.stack([raw.cohesion, raw.coupling, centred.cohesion, centred.coupling], dim=1)
     images = torch.stack([norm, raw.homogeneity, centred.homogeneity], dim=1)
     return torch.cat([images, groups.image_mean(objects)], dim=1)

@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 20  # rows normalised and summed together: small enough to be read from memory only once
+CHUNK_BYTES = 3 << 18  # rows normalised and summed together: few enough to stay in a core's cache between the two
+TINY = torch.finfo(torch.float32).tiny  # what a zero token is divided by, to stay the zero vector
 
 
 def membership(coverage: Tensor, threshold: float = 0.5) -> Tensor:
@@ -42,55 +43,111 @@ def membership(coverage: Tensor, threshold: float = 0.5) -> Tensor:
 class Groups:
     """The sums to take over the T tokens of a batch: one for each of B images, one for each of K objects.
 
-    weights: [B + K, T], 1 where the token is in the group (images first); owner: [K], the image of an object.
+    weights: [B + K, T], 1 where the token is in the group; each image's row is followed by those of its objects, so
+    that the groups of neighbouring tokens are neighbouring rows.
+    image_row: [B] and object_row: [K], where the groups lie in it; owner: [K], the image of an object;
+    image: [T], the image of a token.
     """
 
     weights: Tensor
+    image_row: Tensor
+    object_row: Tensor
     owner: Tensor
+    image: Tensor
 
     @classmethod
     def build(cls, image: Tensor, n_images: int, objects: Tensor | None = None, owner: Tensor | None = None) -> Groups:
-        """image: [T], each token's image; objects: bool [K, T]; owner: [K], each object's image."""
-        images = torch.nn.functional.one_hot(image.long(), n_images).T.to(torch.float32)
+        """image: [T], each token's image, rising; objects: bool [K, T]; owner: [K], each object's image.
+
+        Raises:
+            ValueError: the tokens are not in the order of their images.
+        """
+        image = image.long()
+        if bool((image.diff() < 0).any()):
+            raise ValueError("tokens must come image by image, in rising order; got image numbers that fall")
+        images = torch.nn.functional.one_hot(image, n_images).T.to(torch.float32)
         if objects is None or owner is None:
             objects, owner = image.new_zeros((0, image.shape[0])), image.new_zeros(0)
-        return cls(torch.cat([images, objects.to(images)], dim=0), owner.long())
+        owner = owner.long()
+        order = torch.cat([torch.arange(n_images, device=owner.device), owner]).argsort(stable=True)
+        place = order.argsort()
+        weights = torch.cat([images, objects.to(images)], dim=0)[order]
+        return cls(weights, place[:n_images], place[n_images:], owner, image)
 
     @property
     def n_images(self) -> int:
-        return self.weights.shape[0] - self.owner.shape[0]
+        return self.image_row.shape[0]
 
     @cached_property
     def sizes(self) -> Tensor:
-        """[B + K], tokens in each group."""
+        """[B + K], tokens in each group (rows as in `weights`)."""
         return self.weights.sum(dim=1)
 
     @cached_property
     def pairs(self) -> Tensor:
-        """[B + K], ordered pairs of different tokens inside each group; NaN where there is none."""
-        pairs = self.sizes * (self.sizes - 1)
-        return torch.where(pairs > 0, pairs, float("nan"))
+        """[B + 2K], pairs that a mean is over: inside each image, inside each object, between object and rest.
+
+        NaN where there is none; for objects, unless both exist.
+        """
+        images, objects = self.sizes[self.image_row], self.sizes[self.object_row]
+        rest = images[self.owner] - objects
+        defined = (objects >= 2) & (rest >= 1)
+        inside, outside = objects * (objects - 1), objects * rest
+        return torch.cat(
+            [
+                torch.where(images >= 2, images * (images - 1), float("nan")),
+                torch.where(defined, inside, float("nan")),
+                torch.where(defined, outside, float("nan")),
+            ]
+        )
 
     @cached_property
-    def outside_pairs(self) -> Tensor:
-        """[K], pairs of a token inside an object and one outside it; NaN where cohesion or coupling is undefined."""
-        size = self.sizes[self.n_images :]
-        outside = self.sizes[self.owner] - size
-        return torch.where((size >= 2) & (outside >= 1), size * outside, float("nan"))
+    def rows(self) -> Tensor:
+        """[B + K], the rows of all images, then of all objects."""
+        return torch.cat([self.image_row, self.object_row])
+
+    @cached_property
+    def products(self) -> Tensor:
+        """[B + 2K], where the products that `pairs` belongs to lie in a flat [B + K, B + K] matrix of all products."""
+        left = torch.cat([self.rows, self.object_row])
+        right = torch.cat([self.rows, self.image_row[self.owner]])
+        return left * self.weights.shape[0] + right
 
     @cached_property
     def defined(self) -> Tensor:
         """[B, K], 1 where the object is in the image and has pairs."""
-        return torch.nn.functional.one_hot(self.owner, self.n_images).T * (~self.outside_pairs.isnan()).float()
+        exists = ~self.pairs[self.n_images + len(self.owner) :].isnan()
+        return torch.nn.functional.one_hot(self.owner, self.n_images).T * exists.float()
 
     @cached_property
     def counts(self) -> Tensor:
         """[B, 1], the objects with pairs of each image."""
         return self.defined.sum(dim=1, keepdim=True)
 
+    def chunks(self, rows: int) -> list[tuple[slice, Tensor]]:
+        """For `rows` tokens at a time: the rows of `weights` that can be other than zero there, and that block."""
+        if rows not in self._chunks:
+            starts, image = self.image_row.tolist(), self.image.tolist()
+            ends, found = [*starts[1:], self.weights.shape[0]], []
+            for start in range(0, len(image), rows):
+                stop = min(start + rows, len(image))
+                concerned = slice(starts[image[start]], ends[image[stop - 1]])
+                found.append((concerned, self.weights[concerned, start:stop]))
+            self._chunks[rows] = found
+        return self._chunks[rows]
+
+    @cached_property
+    def _chunks(self) -> dict[int, list[tuple[slice, Tensor]]]:
+        return {}
+
     def keep(self, tokens: Tensor) -> Groups:
         """The same groups with only these tokens in them (tokens: bool [T])."""
-        return Groups(self.weights * tokens, self.owner)
+        return Groups(self.weights * tokens, self.image_row, self.object_row, self.owner, self.image)
+
+    def token_mean(self, values: Tensor) -> Tensor:
+        """Mean over the tokens of each image: [T] or [T, d] → [B] or [B, d], NaN without tokens."""
+        mean = (self.weights[self.image_row] @ values).T / self.sizes[self.image_row]  # 0 / 0 is the NaN that is wanted
+        return mean.T
 
     def image_mean(self, values: Tensor) -> Tensor:
         """Mean over the defined objects of each image: [K, V] → [B, V], NaN without objects."""
@@ -116,24 +173,35 @@ class Structure:
         return self.cohesion - self.coupling
 
 
-def unit_sums(tokens: Tensor, weights: Tensor, centre: Tensor | None = None, channels: Tensor | None = None):
-    """Weighted sums of unit vectors: [T, d], [G, T] → ([G, d], norms [T]); a zero token counts as the zero vector.
+def unit_sums(
+    tokens: Tensor, groups: Groups, centre: Tensor | None = None, channels: Tensor | None = None, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sums of unit vectors over each group: [T, d] → ([B + K, d], norms [T]).
 
-    centre: [d], taken off first. channels: [d], 0 for the channels to leave out, 1 for the others.
+    centre: [d], taken off first. channels: [d], 0 for the channels to leave out, 1 for the others. floor: the least
+    norm to divide by; a zero token makes the sums NaN without one, and counts as the zero vector with one.
     """
     n_tokens, width = tokens.shape
-    sums = tokens.new_zeros((weights.shape[0], width), dtype=torch.float32)
+    n_groups = groups.weights.shape[0]
+    sums = tokens.new_zeros((n_groups, width), dtype=torch.float32)
     norms = tokens.new_empty(n_tokens, dtype=torch.float32)
     rows = max(32, CHUNK_BYTES // (4 * width)) if tokens.device.type == "cpu" else n_tokens
-    for start in range(0, n_tokens, rows):
-        chunk = tokens[start : start + rows].float()
+    # Beside two passes over a chunk that streams through the cache each further operation costs as much as a tenth
+    # of them, so the loop holds only what it must.
+    for chunk, norm, (concerned, weights) in zip(
+        tokens.split(rows), norms.split(rows), groups.chunks(rows), strict=True
+    ):
+        if chunk.dtype is not torch.float32:
+            chunk = chunk.float()
         if centre is not None:
             chunk = chunk - centre
         if channels is not None:
             chunk = chunk * channels
-        norm = torch.linalg.vector_norm(chunk, dim=1, out=norms[start : start + rows])
-        scale = norm.reciprocal().nan_to_num_(posinf=0.0)  # a zero token stays zero
-        sums.addmm_(weights[:, start : start + rows] * scale, chunk)
+        torch.linalg.vector_norm(chunk, dim=1, out=norm)
+        if floor:
+            norm.clamp_min_(floor)
+        target = sums if weights.shape[0] == n_groups else sums[concerned]
+        target.addmm_(weights / norm, chunk)
     return sums, norms
 
 
@@ -152,19 +220,17 @@ def structure(
         float32 tensors, see `Structure`. cohesion_k = mean cosine over the pairs inside object k;
         coupling_k = mean cosine between object k and every other patch of its image.
     """
-    sums, norms = unit_sums(tokens, groups.weights, centre, channels)
-    b = groups.n_images
-    own = groups.weights @ norms.sign()  # Σ|u_i|², the pairs of a token with itself
-    squares = (sums * sums).sum(dim=1)
-    inside = (squares - own) / groups.pairs
-    across = (sums[b:] * sums[groups.owner]).sum(dim=1) - squares[b:]
-    undefined = groups.outside_pairs.isnan()
-    return Structure(
-        homogeneity=inside[:b],
-        cohesion=inside[b:].masked_fill(undefined, float("nan")),
-        coupling=across / groups.outside_pairs,
-        norms=norms,
-    )
+    sums, norms = unit_sums(tokens, groups, centre, channels)
+    own = groups.sizes
+    if len(norms) and float(norms.min()) == 0:
+        sums, _ = unit_sums(tokens, groups, centre, channels, floor=TINY)
+        own = groups.weights @ (norms > 0).float()
+    b, k = groups.n_images, groups.owner.shape[0]
+    values = (sums @ sums.T).take(groups.products)  # Σ·Σ of images, Σ_k·Σ_k and Σ·Σ_k of objects
+    values[b + k :] -= values[b : b + k]
+    values[: b + k] -= own[groups.rows]  # Σ|u_i|², the pairs of a token with itself
+    values /= groups.pairs
+    return Structure(values[:b], values[b : b + k], values[b + k :], norms)
 
 
 def patch_structure(tokens: Tensor, members: Tensor, centre: Tensor | None = None) -> Structure:
