@@ -40,9 +40,9 @@ def test_by_hand():
     eigenvalues = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
     matrix = torch.diag(eigenvalues)
     assert participation_ratio(matrix) == pytest.approx(100 / 30)
-    assert entropy_rank(eigenvalues) == pytest.approx(0.4**-0.4 * 0.3**-0.3 * 0.2**-0.2 * 0.1**-0.1)
-    assert [components(eigenvalues, s) for s in (0.4, 0.41, 0.7, 0.9, 0.95)] == [1, 2, 2, 3, 4]
-    assert components(eigenvalues, 0.55, fractional=True) == pytest.approx(1.5)
+    assert entropy_rank(eigenvalues).item() == pytest.approx(0.4**-0.4 * 0.3**-0.3 * 0.2**-0.2 * 0.1**-0.1)
+    assert components(eigenvalues, (0.4, 0.41, 0.7, 0.9, 0.95)).tolist() == [1, 2, 2, 3, 4]
+    assert components(eigenvalues, (0.55,), fractional=True).item() == pytest.approx(1.5)
     pearson = torch.tensor([[1.0, 0.5, -0.2], [0.5, 1.0, 0.0], [-0.2, 0.0, 1.0]])
     assert feature_correlation(pearson) == pytest.approx(0.7 / 3)
 

@@ -165,7 +165,8 @@ class Accumulator:
         raw = structure(x, everything)
         blocks = {"all": _block(everything, raw, structure(x, everything, centre=known.mean))}
         sinks = raw.norms > known.threshold
-        if known.has_sinks or bool(sinks.any()):
+        any_sinks = bool(sinks.any())
+        if known.has_sinks or any_sinks:
             kept = everything.keep(~sinks)
             bare = structure(x, kept, channels=known.channels)
             centred = structure(x, kept, centre=known.mean_without_sinks, channels=known.channels)
@@ -176,8 +177,10 @@ class Accumulator:
             if scope != "all":
                 blocks[scope] = _block(groups, structure(x, groups), structure(x, groups, centre=known.mean))
         absent = x.new_full((batch.n_images, len(VALUES)), float("nan"))
-        count = everything.weights[everything.image_row] @ sinks.float()
-        self._taken["values"].append(torch.cat([*(blocks.get(s, absent) for s in SCOPES), count[:, None]], dim=1))
+        count = x.new_zeros(batch.n_images, 1)
+        if any_sinks:
+            count[:, 0] = everything.weights[everything.image_row] @ sinks.float()
+        self._taken["values"].append(torch.cat([*(blocks.get(s, absent) for s in SCOPES), count], dim=1))
 
         if layer == self.layers[0]:
             self._count_objects(raw)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 GROUPS = 10  # jackknife groups of images
@@ -100,22 +101,28 @@ def participation_ratio(matrix: Tensor) -> float:
     return float(matrix.trace() ** 2 / (matrix * matrix).sum())
 
 
-def entropy_rank(eigenvalues: Tensor) -> float:
-    """exp of the entropy of λ / Σλ: 1 … d."""
-    share = eigenvalues.clamp(min=0) / eigenvalues.clamp(min=0).sum()
-    return math.exp(float(torch.special.entr(share).sum()))
+def entropy_rank(eigenvalues: Tensor) -> Tensor:
+    """exp of the entropy of λ / Σλ: [..., d] → [...], 1 … d."""
+    positive = eigenvalues.clamp(min=0)
+    return torch.special.entr(positive / positive.sum(dim=-1, keepdim=True)).sum(dim=-1).exp()
 
 
-def components(eigenvalues: Tensor, share: float, fractional: bool = False) -> float:
-    """Principal components that hold `share` of the variance; `fractional` interpolates inside the last one."""
-    ordered = eigenvalues.clamp(min=0).sort(descending=True).values
-    cumulative = ordered.cumsum(dim=0) / ordered.sum()
+def components(eigenvalues: Tensor, shares: Sequence[float], fractional: bool = False) -> Tensor:
+    """Principal components that hold each share of the variance: [..., d] → [..., S].
+
+    `fractional` interpolates inside the last component.
+    """
+    ordered = eigenvalues.clamp(min=0).sort(dim=-1, descending=True).values
+    cumulative = ordered.cumsum(dim=-1) / ordered.sum(dim=-1, keepdim=True)
+    wanted = torch.tensor(list(shares), dtype=cumulative.dtype, device=cumulative.device).expand(
+        *cumulative.shape[:-1], len(shares)
+    )
     # A spectrum that reaches the share exactly must not need one more component for a rounding error.
-    whole = int((cumulative < share - 1e-9).sum())
+    whole = torch.searchsorted(cumulative, (wanted - 1e-9).contiguous())
     if not fractional:
-        return float(whole + 1)
-    before = float(cumulative[whole - 1]) if whole else 0.0
-    return whole + (share - before) / max(float(cumulative[whole]) - before, 1e-300)
+        return (whole + 1).to(cumulative.dtype)
+    before = torch.where(whole > 0, cumulative.gather(-1, (whole - 1).clamp(min=0)), 0.0)
+    return whole + (wanted - before) / (cumulative.gather(-1, whole) - before).clamp(min=1e-300)
 
 
 def feature_correlation(matrix: Tensor) -> float:
@@ -148,7 +155,7 @@ def jackknife(value: float, without: list[float], sizes: list[float], log: bool)
     pseudo = [(n / m) * centre - (n / m - 1) * scale(other) for other, m in zip(without, sizes, strict=True)]
     mean = sum(pseudo) / groups
     variance = sum((p - mean) ** 2 / (n / m - 1) for p, m in zip(pseudo, sizes, strict=True)) / groups
-    half = student.ppf(0.975, groups - 1) * math.sqrt(variance)
+    half = float(stdtrit(groups - 1, 0.975)) * math.sqrt(variance)
     if log:
         return value * math.exp(-half), value * math.exp(half)
     return value - half, value + half
@@ -181,30 +188,31 @@ def spectrum(sums: CovarianceSums) -> dict[tuple[str, str], Estimate]:
     full = {"covariance": covariance, "correlation": pearson}
     basis = {variant: torch.linalg.eigh(matrix) for variant, matrix in full.items()}
     without: dict[tuple[str, str], list[float]] = {}
+    spectra: dict[str, list[Tensor]] = {variant: [] for variant in full}
     for g in present:
         part = covariance_of(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
         deviation = part.diagonal()[live].clamp(min=0).sqrt().clamp(min=1e-150)
         parts = {"covariance": part, "correlation": part[live][:, live] / (deviation[:, None] * deviation[None, :])}
         for variant, matrix in parts.items():
             vectors = basis[variant].eigenvectors.float()
-            eigenvalues = ((matrix.float() @ vectors) * vectors).sum(dim=0).double()
-            values = [participation_ratio(matrix), entropy_rank(eigenvalues)]
-            values += [components(eigenvalues, share, fractional=True) for share in SHARES]
-            for name, value in zip(names, values, strict=True):
-                without.setdefault((name, variant), []).append(value)
+            spectra[variant].append(((matrix.float() @ vectors) * vectors).sum(dim=0).double())
+            without.setdefault((names[0], variant), []).append(participation_ratio(matrix))
         if pearson.shape[0] > 1:
             without.setdefault(("feature_correlation", ""), []).append(feature_correlation(parts["correlation"]))
 
     found: dict[tuple[str, str], Estimate] = {}
     for variant, matrix in full.items():
         eigenvalues = basis[variant].eigenvalues
-        values = [participation_ratio(matrix), entropy_rank(eigenvalues)]
-        for name, value in zip(names[:2], values, strict=True):
-            found[name, variant] = _with_interval(value, value, without.get((name, variant), []), sizes, True, note)
-        for name, share in zip(names[2:], SHARES, strict=True):
-            smooth = components(eigenvalues, share, fractional=True)
-            value = components(eigenvalues, share)
-            found[name, variant] = _with_interval(value, smooth, without.get((name, variant), []), sizes, True, note)
+        values = [participation_ratio(matrix), float(entropy_rank(eigenvalues))]
+        smooth = [*values, *components(eigenvalues, SHARES, fractional=True).tolist()]
+        values += components(eigenvalues, SHARES).tolist()
+        if present:
+            groups = torch.stack(spectra[variant])
+            without[names[1], variant] = entropy_rank(groups).tolist()
+            shares = components(groups, SHARES, fractional=True)
+            without |= {(name, variant): column.tolist() for name, column in zip(names[2:], shares.T, strict=True)}
+        for name, value, centre in zip(names, values, smooth, strict=True):
+            found[name, variant] = _with_interval(value, centre, without.get((name, variant), []), sizes, True, note)
     if pearson.shape[0] > 1:
         value = feature_correlation(pearson)
         others = without.get(("feature_correlation", ""), [])

@@ -102,9 +102,19 @@ class Groups:
         )
 
     @cached_property
+    def mean_weights(self) -> Tensor:
+        """[B, T], what averages over the tokens of each image; NaN for an image without tokens."""
+        return self.weights[self.image_row] / self.sizes[self.image_row][:, None]
+
+    @cached_property
     def rows(self) -> Tensor:
         """[B + K], the rows of all images, then of all objects."""
         return torch.cat([self.image_row, self.object_row])
+
+    @cached_property
+    def own_pairs(self) -> Tensor:
+        """[B + K], pairs of a token with itself in each image, then in each object."""
+        return self.sizes[self.rows]
 
     @cached_property
     def products(self) -> Tensor:
@@ -146,8 +156,7 @@ class Groups:
 
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean over the tokens of each image: [T] or [T, d] → [B] or [B, d], NaN without tokens."""
-        mean = (self.weights[self.image_row] @ values).T / self.sizes[self.image_row]  # 0 / 0 is the NaN that is wanted
-        return mean.T
+        return self.mean_weights @ values
 
     def image_mean(self, values: Tensor) -> Tensor:
         """Mean over the defined objects of each image: [K, V] → [B, V], NaN without objects."""
@@ -221,14 +230,14 @@ def structure(
         coupling_k = mean cosine between object k and every other patch of its image.
     """
     sums, norms = unit_sums(tokens, groups, centre, channels)
-    own = groups.sizes
+    own = groups.own_pairs
     if len(norms) and float(norms.min()) == 0:
         sums, _ = unit_sums(tokens, groups, centre, channels, floor=TINY)
-        own = groups.weights @ (norms > 0).float()
+        own = (groups.weights @ (norms > 0).float())[groups.rows]
     b, k = groups.n_images, groups.owner.shape[0]
     values = (sums @ sums.T).take(groups.products)  # Σ·Σ of images, Σ_k·Σ_k and Σ·Σ_k of objects
     values[b + k :] -= values[b : b + k]
-    values[: b + k] -= own[groups.rows]  # Σ|u_i|², the pairs of a token with itself
+    values[: b + k] -= own  # Σ|u_i|²
     values /= groups.pairs
     return Structure(values[:b], values[b : b + k], values[b + k :], norms)
 

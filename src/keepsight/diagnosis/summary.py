@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
 from keepsight.diagnosis.spectrum import Estimate, spectrum
@@ -24,7 +24,7 @@ def mean_interval(values: np.ndarray) -> Estimate:
     mean = float(values.mean())
     if len(values) == 1:
         return Estimate(mean, note="no interval: one image")
-    half = float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    half = float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
     return Estimate(mean, mean - half, mean + half)
 
 
