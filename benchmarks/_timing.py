@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from scipy.stats import t as student
+from threadpoolctl import threadpool_limits
 
 torch.set_num_threads(1)
+threadpool_limits(1)  # NumPy's own threads, which would spin and be counted
 
 
 @dataclass(frozen=True)

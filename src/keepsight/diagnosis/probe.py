@@ -21,7 +21,7 @@ from keepsight.results import Measurement
 L2_GRID = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # of the mean loss: 1e-4 … 10
 VALIDATION, TEST = 0.2, 0.2
 RESAMPLES = 2000
-MEMORY = 192 << 20  # bytes that the layers solved together may take
+MEMORY = 16 << 20  # bytes that the layers fitted together may take
 
 
 @dataclass(frozen=True)
