@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
+from keepsight.pre.anchors import AnchorSource
 from keepsight.pre.config import PReConfig
-from keepsight.pre.head import PredictionHead
+from keepsight.pre.controls import ControlAnchor
+from keepsight.pre.external import PIXELS, POINTS
+from keepsight.pre.head import PredictionHead, Predictors
+from keepsight.pre.inject import with_gradient_of
+from keepsight.pre.life import DeadLossError, assert_alive
 from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen, Sight
 from keepsight.vlm.grids import ImageTokens
@@ -18,10 +26,7 @@ from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, unwrap
 
 HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names in checkpoints
 _HANDLE = "_keepsight_handle"
-
-
-class DeadLossError(RuntimeError):
-    """The predictive loss trains nothing; the message says why and what to do."""
+_ANCHOR = "anchor"  # the name of the target that is no layer
 
 
 class Handle(TrainerCallback):
@@ -32,77 +37,132 @@ class Handle(TrainerCallback):
     the first optimizer step that saw pictures, that the loss is alive (`assert_alive`).
 
     Attributes:
-        config: as given. ``layer``: the resolved layer index.
-        head: the `PredictionHead`, a submodule of the model, so that optimizers, checkpoints and DDP see it.
+        config: as given. ``layers``: the resolved layer indices, rising; ``layer``: the highest.
+        predictors: heads and running statistics, a submodule of the model, so that optimizers, checkpoints and DDP see
+            it. ``head``: the `PredictionHead` of ``layer``.
         images_in_step: the number of pictures over which L_PRe is a mean. None = the pictures of the forward. With
             gradient accumulation or several processes, set it to the pictures of the whole step (`count_images`) to
             get the mean over the global batch, and do not divide the loss again.
+        accumulation: with ``inject=True``, micro-batches in an optimizer step; `Trainer` sets it through the callback.
     """
 
-    def __init__(self, model: nn.Module, config: PReConfig) -> None:
+    def __init__(self, model: nn.Module, config: PReConfig, *, inject: bool = False) -> None:
         self.vlm = Vlm(model)
         self.config = config
-        self.layer = self.vlm.resolve_layer(config.layer)
-        if self.layer == 0:
-            raise ValueError(
-                "layer is 0, the decoder's input, which is the anchor itself: choose a layer from 1 to "
-                f"{self.vlm.depth}, 'middle' or 'last'."
-            )
+        self.inject = inject
+        self.layers, self._shares = _resolve(self.vlm, config)
+        self.layer = self.layers[-1]
         core = self.vlm.core
         if getattr(core, _HANDLE, None) is not None:
             raise ValueError(
                 "predictive regularization is attached to this model already; call detach() on the first handle "
                 "(keepsight.handle_of(model)) before attaching again."
             )
+        self._source = AnchorSource(self.vlm, config)
+        self._control = ControlAnchor(config.control, config.seed) if config.control else None
+        self._targets = {
+            layer: f"h{below}" if config.cascade and below else _ANCHOR
+            for below, layer in zip((0, *self.layers), self.layers, strict=False)
+        }
         width = self.vlm.width
-        self.head = PredictionHead(width, width, config.hidden or width, seed=config.seed)
-        self.head.requires_grad_(config.active)
-        self.head.to(next(self.vlm.layers[self.layer - 1].parameters()).device)
-        core.add_module(HEAD, self.head)
+        widths = {name: self._source.width if name == _ANCHOR else width for name in self._targets.values()}
+        out = [widths[self._targets[layer]] for layer in self.layers]
+        predictors = Predictors(self.layers, width, out, config.hidden or width, config.seed)
+        if config.normalise != "none":
+            predictors.normalise_with(widths, whiten=config.normalise == "whitened")
+        predictors.teacher = self._source.teacher
+        predictors.requires_grad_(config.active)
+        predictors.to(next(self.vlm.layers[self.layer - 1].parameters()).device)
+        core.add_module(HEAD, predictors)
         setattr(core, _HANDLE, self)
         self.images_in_step: int | None = None
-        self._loss_sum: Tensor | None = None
-        self._images = 0
-        self._seen: Seen | None = None
-        self._sight: Sight | None = None
+        self.accumulation = 1
+        self._forwards = 0  # since the last optimizer step
+        self._steps: int | None = None  # what `predictors.steps` holds, read once: reading makes the device wait
+        predictors.register_load_state_dict_post_hook(self._forget_steps)
         self._alive = not config.active
-        self._tokens: ImageTokens | None = None  # not None = armed
-        self._index: Tensor | None = None
-        self._anchor: Tensor | None = None
-        self._state: Tensor | None = None
-        self._observer = Observer()
+        self._observers = {layer: Observer() for layer in self.layers}
+        self._loss_sum: Tensor | None = None
+        self._seen: dict[int, Seen] = {}
+        self._sight: Sight | None = None
+        self._images = 0
+        self._extra: dict[str, Tensor] = {}
+        self._disarm()
         # Bound methods, so that a deep copy of the model carries a handle and a head of its own.
         self._hooks = [
+            unwrap(model).register_forward_pre_hook(self._take_extra, with_kwargs=True),
             core.register_forward_pre_hook(self._begin, with_kwargs=True),
             core.register_forward_hook(self._finish),
-            self.vlm.layers[0].register_forward_pre_hook(self._take_anchor, with_kwargs=True),
-            self.vlm.layers[self.layer - 1].register_forward_hook(self._take_state),
+            self.vlm.layers[0].register_forward_pre_hook(self._take_inputs, with_kwargs=True),
+            *(
+                self.vlm.layers[layer - 1].register_forward_hook(partial(_take_state, self, layer))
+                for layer in self.layers
+            ),
+            *self._source.hooks,
         ]
+        _LIVE.add(self)
 
     # ---- what a training loop reads --------------------------------------------------------------------------------
+
+    @property
+    def predictors(self) -> Predictors:
+        """The submodule that PRe added to the model."""
+        module = getattr(self.vlm.core, HEAD)
+        if hasattr(module, "modules_to_save"):  # PEFT trains and saves a copy
+            module = module.modules_to_save[module.active_adapters[0]]
+        return module
+
+    @property
+    def head(self) -> PredictionHead:
+        """The head of `layer`."""
+        return self.predictors.heads[str(self.layer)]  # type: ignore[return-value]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken with PRe attached, those of a resumed run included."""
+        if self._steps is None:
+            self._steps = int(self.predictors.steps)
+        return self._steps
+
+    def _forget_steps(self, *_: Any) -> None:
+        self._steps = None
+
+    @property
+    def weight(self) -> float:
+        """λ at the present step."""
+        return self.config.weight_at(self.steps)
 
     @property
     def loss(self) -> Tensor:
         """``λ · L_PRe`` of the latest forward (scalar float32); a zero connected to the head without pictures.
 
-        With ``observe=True`` the coefficient is 1: the head learns, from detached states.
+        With ``observe=True`` the coefficient is 1: the head learns, from detached states. With ``inject=True`` the
+        gradient is on its way already, so this is a number to log, without graph.
         """
         if self._loss_sum is None:
-            return torch.zeros((), device=self.head.up.weight.device)
-        coefficient = 1.0 if self.config.observe else self.config.weight
-        return coefficient * self._loss_sum / max(self.images_in_step or self._images, 1)
+            return torch.zeros((), device=self.predictors.steps.device)
+        loss = self._coefficient() * self._loss_sum
+        return loss.detach() if self.inject else loss
+
+    def _coefficient(self) -> float:
+        return (1.0 if self.config.observe else self.weight) / max(self.images_in_step or self._images, 1)
 
     @property
     def sight(self) -> Sight | None:
-        """The numbers of the latest training forward, read from the device on demand; None before the first."""
-        if self._sight is None and self._seen is not None:
-            self._sight = self._seen.read()
+        """The numbers of the latest training forward, a mean over the layers; None before the first."""
+        if self._sight is None and self._seen:
+            self._sight = self.seen.read()  # type: ignore[union-attr]
         return self._sight
 
     @property
     def seen(self) -> Seen | None:
         """`sight` before it is read: its tensors are on the device still. None before the first training forward."""
-        return self._seen
+        return Seen.mean(list(self._seen.values())) if self._seen else None
+
+    @property
+    def sights(self) -> dict[int, Sight]:
+        """`sight` of each layer."""
+        return {layer: seen.read() for layer, seen in self._seen.items()}
 
     @property
     def cosine(self) -> float | None:
@@ -112,20 +172,40 @@ class Handle(TrainerCallback):
     @property
     def tokens(self) -> int:
         """Visual tokens in the latest training forward."""
-        return self._seen.tokens if self._seen else 0
+        return self.seen.tokens if self.seen else 0
 
     @property
     def skipped(self) -> int:
         """Samples without a picture in the latest training forward."""
-        return self._seen.skipped if self._seen else 0
+        return self.seen.skipped if self.seen else 0
 
     def count_images(self, batch: dict[str, Any]) -> int:
         """Pictures in a processor's batch."""
         return self.vlm.image_tokens(batch).n_images
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The head's parameters."""
-        return self.head.parameters()
+        """The heads' parameters."""
+        return self.predictors.heads.parameters()
+
+    def prepare(self, images: list[Any], processor: Any) -> dict[str, Tensor]:
+        """What a batch must carry for an external anchor besides the processor's output; empty for other anchors.
+
+        Args:
+            images: the batch's pictures (PIL), in order. processor: the model's.
+        """
+        external = self._source.external
+        return {} if external is None or not images else external.prepare(images, processor, self.vlm)
+
+    def peft(self, config: Any) -> Any:
+        """A copy of a PEFT configuration with which the head stays trainable and is saved with the adapter.
+
+        For ``get_peft_model(model, handle.peft(LoraConfig(...)))`` after `attach`.
+        """
+        import copy
+
+        changed = copy.copy(config)
+        changed.modules_to_save = [*(config.modules_to_save or []), HEAD]
+        return changed
 
     # ---- proof of life ---------------------------------------------------------------------------------------------
 
@@ -133,58 +213,34 @@ class Handle(TrainerCallback):
         """Check, after a backward and before the optimizer step, that the predictive loss trains something.
 
         Raises:
-            DeadLossError: when the head is frozen, not in the optimizer or without gradient; when a batch with pixels
-                held no visual token; when the anchor is the same for all tokens; when no gradient can reach the
-                model from layer ``layer``.
+            DeadLossError: see `keepsight.pre.life.assert_alive`.
         """
         if not self.config.active:
             return
-        seen = self._seen
-        if seen is None or seen.tokens == 0:
-            raise DeadLossError(
-                "the training forward saw 0 visual tokens: the loss is zero and trains nothing. Check that the "
-                f"batches hold the image token (id {self.vlm.image_token_id}) and pixel values, and that the model is "
-                "in train()."
-            )
-        parameters = list(self.head.parameters())
-        if not all(parameter.requires_grad for parameter in parameters):
-            raise DeadLossError(
-                "the prediction head is frozen (requires_grad is False), for example because get_peft_model ran after "
-                "attach. Attach after wrapping with PEFT, or unfreeze handle.head."
-            )
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not all(id(parameter) in known for parameter in parameters):
-            raise DeadLossError(
-                "the prediction head is not in the optimizer: attach before building the optimizer, or build it from "
-                "keepsight.param_groups(model)."
-            )
-        if not all(parameter.grad is not None for parameter in parameters) or not any(
-            bool(parameter.grad.abs().sum() > 0) for parameter in parameters if parameter.grad is not None
-        ):
-            raise DeadLossError(
-                "the prediction head got no gradient: add handle.loss to the loss before backward(), or use "
-                "PReTrainerMixin."
-            )
-        if not bool(seen.anchor_varies):
-            raise DeadLossError(
-                f"the anchor is the same for all {seen.tokens} visual tokens, so there is nothing to predict: check "
-                "the pictures, the vision encoder's weights and the projector."
-            )
-        if not self.config.observe and not seen.reaches_model:
-            raise DeadLossError(
-                f"no gradient can reach the model from layer {self.layer}: nothing at or below that layer is "
-                "trainable, or reentrant gradient checkpointing hides it (set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False})."
-            )
+        assert_alive(
+            self.seen,
+            self.predictors.heads.values(),
+            optimizer,
+            layers=self.layers,
+            image_token_id=self.vlm.image_token_id,
+            observe=self.config.observe,
+        )
         self._alive = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: another training has another optimizer, so life must be proven again."""
         self._alive = not self.config.active
+        self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
+        if self.inject and getattr(args, "fp16", False):
+            raise ValueError(
+                "inject=True with fp16=True: the injected gradient would not follow fp16's loss scaling. Train in "
+                "bf16 or float32, or use PReTrainerMixin."
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
-        if not self._alive and self._seen is not None and (self._seen.images > 0 or self._seen.had_pixels):
+        seen = self.seen
+        if not self._alive and seen is not None and (seen.images > 0 or seen.had_pixels):
             self.assert_alive(kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -194,11 +250,18 @@ class Handle(TrainerCallback):
                 "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
                 "data, or set weight=0."
             )
+        external = self._source.external
+        if external is not None and not external.unchanged():
+            raise DeadLossError(
+                f"the weights of the external anchor {external.name!r} changed during training, so its targets did "
+                "too: something trains or re-initialises it."
+            )
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
         """Take hooks and head off: the model is as before `attach`, save for what it learned."""
+        _LIVE.discard(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -206,12 +269,17 @@ class Handle(TrainerCallback):
             delattr(self.vlm.core, HEAD)
             delattr(self.vlm.core, _HANDLE)
         self._disarm()
-        self._loss_sum = self._seen = self._sight = None
+        self._loss_sum = self._sight = None
+        self._seen = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to one forward (tensors in an autograd graph) cannot be copied and need not be.
-        transient = ("_loss_sum", "_seen", "_sight", "_tokens", "_index", "_anchor", "_state")
-        return {**self.__dict__, **dict.fromkeys(transient)}
+        transient = ("_loss_sum", "_sight", "_tokens", "_index", "_batch", "_inputs", "_target")
+        return {**self.__dict__, **dict.fromkeys(transient), "_seen": {}, "_states": {}, "_extra": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _LIVE.add(self)
 
     def __enter__(self) -> Handle:
         return self
@@ -223,7 +291,18 @@ class Handle(TrainerCallback):
 
     def _disarm(self) -> None:
         # Layers that gradient checkpointing recomputes in the backward find the handle disarmed.
-        self._tokens = self._index = self._anchor = self._state = None
+        self._tokens: ImageTokens | None = None  # not None = armed
+        self._index: Tensor | None = None
+        self._batch: dict[str, Any] | None = None
+        self._inputs: Tensor | None = None
+        self._target: Tensor | None = None
+        self._states: dict[int, Tensor] = {}
+
+    def _take_extra(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._extra = {name: kwargs[name] for name in (PIXELS, POINTS) if name in kwargs}
+        if self._extra:
+            return args, {name: value for name, value in kwargs.items() if name not in self._extra}
+        return None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._disarm()
@@ -234,58 +313,163 @@ class Handle(TrainerCallback):
         mask = self.vlm.visual_mask(batch["input_ids"])
         self._tokens = self.vlm.image_tokens(batch)
         self._index = mask.flatten().nonzero(as_tuple=True)[0]
+        self._batch = batch
         self._skipped = int((~mask.any(dim=1)).sum())
         self._had_pixels = batch.get("pixel_values") is not None
+        self._images = self._tokens.n_images
+        self._seen, self._sight = {}, None
 
-    def _take_anchor(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._index is not None:
-            hidden = hidden_states_in(args, kwargs).detach()  # stop-gradient
-            self._anchor = hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))
+    def _gather(self, hidden: Tensor) -> Tensor:
+        """The visual tokens: ``[B, S, d]`` → ``[T, d]``."""
+        assert self._index is not None
+        return hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))
 
-    def _take_state(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._index is not None:
-            # Gathered later: an extra operation here could run inside a checkpointed region and not in its replay.
-            self._state = hidden_states_out(output)
+    def _take_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._tokens is not None:
+            self._inputs = self._gather(hidden_states_in(args, kwargs).detach())  # stop-gradient
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tokens, index, anchor, state = self._tokens, self._index, self._anchor, self._state
-        self._disarm()
-        if tokens is None or index is None:
+        if self._tokens is None:
             return
-        assert anchor is not None, "decoder layer 0 did not run"
-        assert state is not None, f"decoder layer {self.layer} did not run"
-        self._sight = None
-        self._images = tokens.n_images
+        if not self.inject:
+            losses = [share * self._branch(layer) for layer, share in zip(self.layers, self._shares, strict=True)]
+            self._loss_sum = torch.stack(losses).sum()
+        self._forwards += 1
+        self._disarm()
+        self._extra = {}
+
+    def _branch(self, layer: int) -> Tensor:
+        """Loss of one layer, summed over the pictures of this forward."""
+        tokens, state = self._tokens, self._states.get(layer)
+        assert tokens is not None
+        assert state is not None, f"decoder layer {layer} did not run"
+        head = self.predictors.heads[str(layer)]
+        target = self._target_of(layer)
         if tokens.n_images == 0:
             # Connected to the head, so that every process of a distributed run has the same graph.
-            self._loss_sum = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
-            self._seen = self._observer.nothing(self._skipped, self._had_pixels)
-            return
-        states = state.flatten(0, 1).index_select(0, index.to(state.device))  # [T, d]
-        if self.config.observe:
-            states = states.detach()
-        prediction = self.head(states)
-        anchor = anchor.to(prediction.device)
-        self._loss_sum = predictive_loss_sum(prediction, anchor, tokens)
-        self._seen = self._observer.look(
-            prediction.detach(), anchor, tokens, skipped=self._skipped, reaches_model=state.requires_grad
+            self._seen[layer] = self._observers[layer].nothing(self._skipped, self._had_pixels)
+            return 0.0 * torch.stack([p.sum() for p in head.parameters()]).sum()
+        states = self._gather(state)
+        prediction = head(states.detach() if self.config.observe else states)
+        target = target.to(prediction.device)
+        self._seen[layer] = self._observers[layer].look(
+            prediction.detach(),
+            target,
+            tokens,
+            skipped=self._skipped,
+            reaches_model=state.requires_grad and not self.config.observe,
+        )
+        return predictive_loss_sum(
+            prediction,
+            target,
+            tokens,
+            granularity=self.config.granularity,
+            distance=self.config.distance,
+            temperature=self.config.temperature,
         )
 
+    @torch.no_grad()
+    def _target_of(self, layer: int) -> Tensor:
+        """What the layer's head predicts, ``[T, d']``."""
+        name = self._targets[layer]
+        if name != _ANCHOR:
+            return self._normalised(name, self._gather(self._states[int(name[1:])].detach()))
+        if self._target is None:
+            tokens, inputs, batch = self._tokens, self._inputs, self._batch
+            assert tokens is not None
+            assert inputs is not None, "decoder layer 0 did not run"
+            assert batch is not None
+            empty = tokens.n_images == 0
+            anchor = self._source.empty(inputs.device) if empty else self._source(inputs, tokens, batch, self._extra)
+            if self._control is not None:
+                anchor = self._control(anchor, tokens, self.steps, self._forwards)
+            self._target = self._normalised(name, anchor)
+        return self._target
 
-def attach(model: nn.Module, config: PReConfig | None = None) -> Handle:
+    def _normalised(self, name: str, target: Tensor) -> Tensor:
+        statistics = self.predictors.statistics
+        if name not in statistics:
+            return target
+        statistics[name].collect(target)  # type: ignore[operator]
+        return statistics[name](target)
+
+    def _stepped(self) -> None:
+        """An optimizer that holds the head has taken a step."""
+        self._forwards = 0
+        predictors = self.predictors
+        self._steps = self.steps + 1
+        predictors.steps += 1
+        for statistics in predictors.statistics.values():
+            statistics.commit()  # type: ignore[operator]
+        if predictors.teacher is not None:
+            predictors.teacher.update(self.vlm)
+
+
+def _take_state(handle: Handle, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if handle._tokens is None:
+        return None
+    state = hidden_states_out(output)
+    # Gathered later: an extra operation here could run inside a checkpointed region and not in its replay.
+    handle._states[layer] = state
+    if not handle.inject:
+        return None
+    share = handle._shares[handle.layers.index(layer)]
+    loss = share * handle._branch(layer)
+    handle._loss_sum = loss.detach() + (0 if handle._loss_sum is None else handle._loss_sum)
+    state = with_gradient_of(state, loss * (handle._coefficient() / handle.accumulation))
+    return state if isinstance(output, torch.Tensor) else (state, *output[1:])
+
+
+_LIVE: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Whoever's training loop it is: the end of an optimizer step is where running averages move."""
+    for handle in list(_LIVE):
+        if not handle.config.active:
+            continue
+        own = {id(parameter) for parameter in handle.parameters()}
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            handle._stepped()
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _resolve(vlm: Vlm, config: PReConfig) -> tuple[list[int], list[float]]:
+    """Layer indices, rising, and their shares of the loss."""
+    found = [vlm.resolve_layer(layer) for layer in config.layers]
+    if 0 in found:
+        raise ValueError(
+            "layer is 0, the decoder's input, which is the anchor itself: choose a layer from 1 to "
+            f"{vlm.depth}, 'middle' or 'last'."
+        )
+    if len(set(found)) < len(found):
+        raise ValueError(f"layer {list(config.layers)} names a layer twice (indices {found}); name each once.")
+    weights = config.layer_weights or (1.0,) * len(found)
+    pairs = sorted(zip(found, weights, strict=True))
+    return [layer for layer, _ in pairs], [weight / sum(weights) for _, weight in pairs]
+
+
+def attach(model: nn.Module, config: PReConfig | None = None, *, inject: bool = False) -> Handle:
     """Attach Predictive Regularization to a model, in place.
 
     The model computes exactly what it did; ``model(**batch).loss`` is untouched. Add ``handle.loss`` to it, or train
-    with `PReTrainerMixin`. Attach before the optimizer and before DDP are built, and after wrapping with PEFT.
+    with `PReTrainerMixin`. Attach before the optimizer and before DDP are built; with PEFT, either after wrapping or
+    before, with `Handle.peft`.
 
     Args:
         model: any image-text-to-text model of transformers.
         config: None for the paper's settings.
+        inject: for trainers that cannot be changed: the gradient of ``λ · L_PRe`` enters at the layer during the
+            ordinary backward, so that nothing need be added to the loss; give the handle to the trainer as a callback.
+            L_PRe is then a mean of the micro-batches' means, which equals the mean over the global batch when every
+            micro-batch holds the same number of pictures. Not with fp16 loss scaling.
 
     Raises:
         ValueError: for a family without visual tokens in the decoder, a layer that does not exist, or a second attach.
     """
-    return Handle(model, config or PReConfig())
+    return Handle(model, config or PReConfig(), inject=inject)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

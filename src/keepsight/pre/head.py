@@ -1,15 +1,19 @@
-"""The prediction head."""
+"""What PRe adds to a model: the prediction heads, and what they must remember between steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from keepsight.pre.float32 import Float32Module
+from keepsight.pre.normalise import AnchorStatistics
+from keepsight.pre.teacher import Teacher
 
-class PredictionHead(nn.Module):
+
+class PredictionHead(Float32Module):
     """Two-layer MLP ``f_pred``: Linear → GELU → Linear, no norm (paper: "2-layer MLP head"; GELU and width are ours).
 
     Its parameters stay float32 whatever the model around it is cast to, and it computes in float32 under autocast: the
@@ -41,9 +45,29 @@ class PredictionHead(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             return self.down(self.act(self.up(states.float())))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PredictionHead:
-        def keep_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_float32, recurse)
+class Predictors(Float32Module):
+    """The submodule that a model with PRe carries: a head for each layer, and buffers that checkpoints must hold.
+
+    Attributes:
+        heads: layer (as text) → `PredictionHead`. statistics: target (as text) → `AnchorStatistics`.
+        teacher: the averaged weights of a moving-average or frozen anchor, or None.
+        steps: optimizer steps taken with PRe attached, scalar.
+    """
+
+    def __init__(self, layers: Sequence[int], width: int, out_widths: Sequence[int], hidden: int, seed: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict(
+            {
+                str(layer): PredictionHead(width, out, hidden, seed=seed + number)
+                for number, (layer, out) in enumerate(zip(layers, out_widths, strict=True))
+            }
+        )
+        self.statistics = nn.ModuleDict()
+        self.teacher: Teacher | None = None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def normalise_with(self, targets: dict[str, int], whiten: bool) -> None:
+        """Keep running statistics of these targets, of these widths."""
+        for name, width in targets.items():
+            self.statistics[name] = AnchorStatistics(width, whiten=whiten)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keepsight.pre.config import Distance, Granularity
 from keepsight.vlm.grids import ImageTokens
 
 
@@ -23,7 +24,7 @@ def token_cosines(prediction: Tensor, anchor: Tensor) -> Tensor:
 
 
 def image_means(values: Tensor, image: Tensor, n_images: int) -> Tensor:
-    """Mean over the tokens of each picture: ``[T]`` values, ``[T]`` picture numbers → ``[n_images]``.
+    """Mean over the tokens of each picture: ``[T, ...]`` values, ``[T]`` picture numbers → ``[n_images, ...]``.
 
     Raises:
         ValueError: when a picture has no token, because its mean does not exist.
@@ -32,21 +33,65 @@ def image_means(values: Tensor, image: Tensor, n_images: int) -> Tensor:
     if bool((counts == 0).any()):
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"pictures {empty} of {n_images} have no visual token; leave them out of the batch.")
-    return values.new_zeros(n_images).index_add(0, image, values) / counts
+    sums = values.new_zeros((n_images, *values.shape[1:])).index_add(0, image, values)
+    return sums / counts.view(-1, *[1] * (values.dim() - 1))
 
 
-def predictive_loss_sum(prediction: Tensor, anchor: Tensor, tokens: ImageTokens) -> Tensor:
-    """Sum over pictures of ``-(1/N_p) Σ_i cos(f_pred(h_i), sg(anchor_i))`` (the paper's L_PRe, before its batch mean).
+def predictive_loss_sum(
+    prediction: Tensor,
+    anchor: Tensor,
+    tokens: ImageTokens,
+    *,
+    granularity: Granularity = "patch",
+    distance: Distance = "cosine",
+    temperature: float = 0.1,
+) -> Tensor:
+    """Sum over pictures of the picture's loss; by default the paper's L_PRe before its batch mean,
+    ``-(1/N_p) Σ_i cos(f_pred(h_i), sg(anchor_i))``.
 
     A sum, because the mean over the pictures of an optimizer step can only be taken by whoever knows all its
-    micro-batches and processes.
+    micro-batches and processes. The other granularities and distances are ours: see `PReConfig`.
 
     Args:
         prediction: ``[T, d]``.
-        anchor: ``[T, d]``.
+        anchor: ``[T, d]``; detached here.
         tokens: which picture each of the T tokens belongs to.
     """
-    return -image_means(token_cosines(prediction, anchor), tokens.image, tokens.n_images).sum()
+    prediction, anchor = prediction.float(), anchor.detach().float()
+    image, n_images = tokens.image, tokens.n_images
+    if granularity == "global":
+        losses = _distances(image_means(prediction, image, n_images), image_means(anchor, image, n_images), distance)
+        return losses.sum()
+    if granularity == "patch" and distance != "infonce":
+        return image_means(_distances(prediction, anchor, distance), image, n_images).sum()
+    total = prediction.new_zeros(())
+    counts = tokens.counts().tolist()
+    for mine, target in zip(prediction.split(counts), anchor.split(counts), strict=True):
+        if granularity == "relational":
+            mine, target = _gram(mine), _gram(target)
+            if distance == "mse":  # of cosines, which need no further scale
+                total = total + (mine - target).square().mean()
+                continue
+        if distance == "infonce":
+            logits = F.normalize(mine, dim=-1) @ F.normalize(target, dim=-1).T / temperature
+            total = total + F.cross_entropy(logits, torch.arange(len(mine), device=mine.device))
+        else:
+            total = total + _distances(mine, target, distance).mean()
+    return total
+
+
+def _distances(prediction: Tensor, anchor: Tensor, distance: Distance) -> Tensor:
+    """``[n, d]`` twice → ``[n]``."""
+    if distance == "cosine":
+        return -token_cosines(prediction, anchor)
+    # Standardised over the channels, so that the loss does not hang on the anchor's scale.
+    return (prediction - F.layer_norm(anchor, anchor.shape[-1:])).square().mean(dim=-1)
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    """Cosines between the patches of one picture: ``[N, d]`` → ``[N, N]``."""
+    unit = F.normalize(vectors, dim=-1)
+    return unit @ unit.T
 
 
 def other_image_index(tokens: ImageTokens) -> Tensor:

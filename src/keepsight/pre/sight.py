@@ -53,6 +53,20 @@ class Seen:
     anchor_varies: Tensor
     reaches_model: bool
 
+    @classmethod
+    def mean(cls, several: list[Seen]) -> Seen:
+        """The mean over layers of one forward."""
+        first = several[0]
+        if len(several) == 1:
+            return first
+        return replace(
+            first,
+            cosine_sum=torch.stack([seen.cosine_sum for seen in several]).mean(),
+            gain_sum=torch.stack([seen.gain_sum for seen in several]).mean(),
+            anchor_varies=torch.stack([seen.anchor_varies for seen in several]).all(),
+            reaches_model=any(seen.reaches_model for seen in several),
+        )
+
     def read(self) -> Sight:
         paired = int(self.paired)
         return Sight(

@@ -93,3 +93,20 @@ def _merged_patches(vlm: Vlm) -> int:
 
 def _first(size: Any) -> int:
     return int(size[0]) if isinstance(size, (list, tuple)) else int(size)
+
+
+def token_centres(processor: Any, vlm: Vlm, width: int, height: int) -> Tensor:
+    """Where each visual token of a picture of this size looks: ``[N, 2]``, x and y from 0 to 1 across the picture.
+
+    As `patch_coverage`, but with a picture whose colours are the coordinates. Of a token that is partly padding, the
+    centre of its part inside the picture; of one that is nothing but padding, the picture's centre. Ours.
+    """
+    x = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
+    y = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
+    black = _painted(processor.image_processor, vlm, np.zeros((height, width, 3), np.uint8))
+    span = _painted(processor.image_processor, vlm, np.full((height, width, 3), 255, np.uint8)) - black
+    ramps = np.stack([np.round(255 * x), np.round(255 * y), np.zeros_like(x)], axis=-1).astype(np.uint8)
+    moved = _painted(processor.image_processor, vlm, ramps) - black
+    inside = span[:, :2] > 0.01 * span.amax()
+    centres = moved[:, :2] / span[:, :2].clamp(min=1e-12)
+    return torch.where(inside, centres, 0.5).clamp(0.0, 1.0)

@@ -1,0 +1,105 @@
+"""What the heads predict: one anchor per forward, `[T, d']`, without gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keepsight.pre.config import PReConfig
+from keepsight.pre.external import PIXELS, POINTS, ExternalEncoder
+from keepsight.pre.teacher import Teacher
+from keepsight.vlm.features import on_token_grid, projector_of
+from keepsight.vlm.grids import ImageTokens
+from keepsight.vlm.view import Vlm
+
+
+class AnchorSource:
+    """Makes the anchor that the configuration asks for.
+
+    Attributes:
+        width: d' of the anchor.
+        teacher: averaged weights, where the anchor needs them; they belong into the model's checkpoint.
+        hooks: the hooks it put on the model.
+    """
+
+    def __init__(self, vlm: Vlm, config: PReConfig) -> None:
+        self.vlm = vlm
+        self.kind = config.anchor
+        self.width = vlm.width
+        self.teacher: Teacher | None = None
+        self.external: ExternalEncoder | None = None
+        self.hooks: list[Any] = []
+        self._projector_input: Tensor | None = None
+        if self.kind in ("pre_projector", "encoder"):
+            self.width = _encoder_width(vlm)
+            self.hooks.append(projector_of(vlm).register_forward_pre_hook(self._take_projector_input, with_kwargs=True))
+        if self.kind == "moving_average":
+            self.teacher = Teacher(vlm, config.anchor_decay)
+        if self.kind == "encoder":
+            teacher = Teacher(vlm, decay=1.0)
+            self.teacher = teacher if teacher.names else None
+        if self.kind == "external":
+            assert config.anchor_model is not None
+            self.external = ExternalEncoder(config.anchor_model, config.anchor_layer)
+            self.width = self.external.width
+
+    def _take_projector_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
+        self._projector_input = given.detach()
+
+    def empty(self, device: torch.device) -> Tensor:
+        """The anchor of no tokens."""
+        return torch.zeros(0, self.width, device=device)
+
+    def __call__(self, inputs: Tensor, tokens: ImageTokens, batch: dict[str, Any], extra: dict[str, Tensor]) -> Tensor:
+        """The anchor of the present forward, ``[T, d']``, detached.
+
+        Args:
+            inputs: ``[T, d]``, the visual tokens at the decoder's input.
+            batch: the arguments of the forward. extra: what `prepare` put into it.
+
+        Raises:
+            ValueError: when the external anchor's pixels are missing, or features do not fit the visual tokens.
+        """
+        if self.kind == "pre_llm":
+            anchor = inputs
+        elif self.kind == "external":
+            assert self.external is not None
+            if PIXELS not in extra:
+                raise ValueError(
+                    f"the anchor {self.external.name!r} needs the pictures themselves: add "
+                    "`batch |= handle.prepare(images, processor)` before the forward, or let `keepsight train` do it."
+                )
+            device = inputs.device
+            counts = tokens.counts().tolist()
+            anchor = self.external.features(extra[PIXELS].to(device), extra[POINTS].to(device), counts)
+        elif self.kind == "moving_average":
+            assert self.teacher is not None
+            anchor = self.teacher.image_features(self.vlm, batch)
+        else:
+            if self.teacher is not None:
+                self.teacher.image_features(self.vlm, batch)  # on its way the projector's input is taken
+            assert self._projector_input is not None, "the projector did not run"
+            anchor = on_token_grid(self.vlm, self._projector_input, tokens, batch)
+            self._projector_input = None
+        if anchor.shape != (len(tokens.image), self.width):
+            raise ValueError(
+                f"anchor {self.kind!r} of model family {self.vlm.family!r} has shape {list(anchor.shape)}, expected "
+                f"[{len(tokens.image)}, {self.width}]: one vector for each visual token; use the anchor 'pre_llm'."
+            )
+        return anchor.detach()
+
+
+def _encoder_width(vlm: Vlm) -> int:
+    """Channels of the projector's input."""
+    vision = vlm.config.vision_config
+    # In Qwen2-VL's configuration `hidden_size` is the width after the merger.
+    width = int(vision.embed_dim if vlm.family == "qwen2_vl" else vision.hidden_size)
+    chosen = getattr(vlm.config, "vision_feature_layer", None)
+    if isinstance(chosen, (list, tuple)):  # their features stand side by side
+        width *= len(chosen)
+    if hasattr(vlm.config, "downsample_ratio"):  # InternVL shuffles pixels into channels before its projector
+        width *= round(1 / vlm.config.downsample_ratio) ** 2
+    return width

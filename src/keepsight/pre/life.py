@@ -1,0 +1,70 @@
+"""The proof that a predictive loss trains something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from keepsight.pre.sight import Seen
+
+
+class DeadLossError(RuntimeError):
+    """The predictive loss trains nothing; the message says why and what to do."""
+
+
+def assert_alive(
+    seen: Seen | None,
+    heads: Iterable[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    *,
+    layers: Iterable[int],
+    image_token_id: int,
+    observe: bool,
+) -> None:
+    """Check, after a backward and before the optimizer step, that the predictive loss trains something.
+
+    Args:
+        seen: the latest training forward; heads: one a layer; layers: where they read; observe: whether the
+            model is not meant to learn from it.
+
+    Raises:
+        DeadLossError: when a head is frozen, not in the optimizer or without gradient; when a batch with pixels
+            held no visual token; when the anchor is the same for all tokens; when no gradient can reach the model.
+    """
+    if seen is None or seen.tokens == 0:
+        raise DeadLossError(
+            "the training forward saw 0 visual tokens: the loss is zero and trains nothing. Check that the "
+            f"batches hold the image token (id {image_token_id}) and pixel values, and that the model is "
+            "in train()."
+        )
+    heads = list(heads)
+    parameters = [parameter for head in heads for parameter in head.parameters()]
+    if not all(parameter.requires_grad for parameter in parameters):
+        raise DeadLossError(
+            "the prediction head is frozen (requires_grad is False), for example because get_peft_model ran after "
+            "attach. Attach after wrapping with PEFT, or unfreeze handle.parameters()."
+        )
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not all(id(parameter) in known for parameter in parameters):
+        raise DeadLossError(
+            "the prediction head is not in the optimizer: attach before building the optimizer, or build it from "
+            "keepsight.param_groups(model)."
+        )
+    if not all(any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in head.parameters()) for head in heads):
+        raise DeadLossError(
+            "the prediction head got no gradient: add handle.loss to the loss before backward(), or use "
+            "PReTrainerMixin."
+        )
+    if not bool(seen.anchor_varies):
+        raise DeadLossError(
+            f"the anchor is the same for all {seen.tokens} visual tokens, so there is nothing to predict: check "
+            "the pictures, the vision encoder's weights and the projector."
+        )
+    if not observe and not seen.reaches_model:
+        raise DeadLossError(
+            f"no gradient can reach the model from layer {', '.join(map(str, layers))}: nothing at or below that "
+            "layer is trainable, or reentrant gradient checkpointing hides it (set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )

@@ -1,0 +1,72 @@
+"""The encoder and projector as they were, or as they are on a slow average: anchors that training moves less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from keepsight.pre.float32 import Float32Module
+from keepsight.vlm.features import image_features
+from keepsight.vlm.view import Vlm
+
+
+class Teacher(Float32Module):
+    """Averages of the parameters that learn between pixels and decoder; those that do not learn are the model's own.
+
+    Args:
+        vlm: the model, at the moment of attaching.
+        decay: share of the average that stays at each optimizer step; 1 = as it was when attached.
+    """
+
+    def __init__(self, vlm: Vlm, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.names: list[str] = []
+        for name, parameter in _before_decoder(vlm):
+            if parameter.requires_grad:
+                self.register_buffer(f"average_{len(self.names)}", parameter.detach().clone().float())
+                self.names.append(name)
+
+    def averages(self) -> dict[str, Tensor]:
+        """Parameter name in the core → its float32 average."""
+        return {name: self.get_buffer(f"average_{number}") for number, name in enumerate(self.names)}
+
+    @torch.no_grad()
+    def update(self, vlm: Vlm) -> None:
+        """End of an optimizer step."""
+        if self.decay == 1:
+            return
+        averages, own = self.averages(), dict(_before_decoder(vlm))
+        for name, average in averages.items():
+            average.lerp_(own[name].detach().float(), 1 - self.decay)
+
+    @torch.no_grad()
+    def image_features(self, vlm: Vlm, batch: dict[str, Any]) -> Tensor:
+        """``[T, d]``, what the averaged weights put at the visual positions."""
+        own = dict(_before_decoder(vlm))
+        weights = {f"core.{name}": average.to(own[name].dtype) for name, average in self.averages().items()}
+        return functional_call(_Features(vlm), weights, (batch,))
+
+
+class _Features(nn.Module):
+    """`image_features` as a module, for `functional_call`."""
+
+    def __init__(self, vlm: Vlm) -> None:
+        super().__init__()
+        self.core = vlm.core
+        self._vlm = [vlm]  # in a list, so that nothing of it is registered
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return image_features(self._vlm[0], batch)
+
+
+def _before_decoder(vlm: Vlm) -> Iterator[tuple[str, nn.Parameter]]:
+    """The core's parameters that are not the decoder's, nor PRe's."""
+    decoder = {id(parameter) for parameter in vlm.decoder.parameters()}
+    for name, parameter in vlm.core.named_parameters():
+        if id(parameter) not in decoder and "keepsight_head" not in name:
+            yield name, parameter

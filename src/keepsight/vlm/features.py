@@ -1,0 +1,111 @@
+"""What the vision encoder hands to the projector, on the grid of the visual tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keepsight.vlm.grids import ImageTokens
+from keepsight.vlm.view import Vlm, unwrap
+
+# Where families keep the module between encoder and decoder.
+_PROJECTORS = ("multi_modal_projector", "multimodal_projector", "connector", "aligner", "embed_vision")
+_INSIDE_ENCODER = ("merger",)
+
+
+def encoder_of(vlm: Vlm) -> nn.Module:
+    """The vision encoder (with a patch merger inside it, in Qwen-VL and kin)."""
+    return unwrap(vlm.model).get_encoder(modality="image")  # type: ignore[operator, no-any-return]
+
+
+def projector_of(vlm: Vlm) -> nn.Module:
+    """The module that takes the encoder's features to the decoder's width.
+
+    Raises:
+        ValueError: naming the family, when it is not found.
+    """
+    for owner, names in ((vlm.core, _PROJECTORS), (encoder_of(vlm), _INSIDE_ENCODER)):
+        for name in names:
+            found = getattr(owner, name, None)
+            if isinstance(found, nn.Module):
+                return found
+    raise ValueError(
+        f"model family {vlm.family!r}: no projector found among {list(_PROJECTORS)} of {type(vlm.core).__name__} or "
+        f"{list(_INSIDE_ENCODER)} of its encoder; use an anchor that does not need it ('pre_llm')."
+    )
+
+
+def image_features(vlm: Vlm, batch: dict[str, Any]) -> Tensor:
+    """``[T, d]``: the features that the model puts at its visual positions, in their order.
+
+    Equal to ``h[0]`` at the visual positions, but for families that add something after the merge.
+    """
+    core: Any = vlm.core
+    accepted = inspect.signature(core.get_image_features).parameters
+    known = {name: batch[name] for name in accepted if batch.get(name) is not None and name != "kwargs"}
+    output = core.get_image_features(**known)
+    features = getattr(output, "pooler_output", output)
+    parts = list(features) if isinstance(features, (list, tuple)) else [features]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def on_token_grid(vlm: Vlm, features: Tensor, tokens: ImageTokens, batch: dict[str, Any]) -> Tensor:
+    """The projector's input, averaged over the patches that the projector merges into one visual token.
+
+    Args:
+        features: as the projector gets them: ``[tiles, patches, d_v]``, or ``[patches, d_v]`` with the patches of one
+            token next to each other (Qwen-VL).
+        tokens: the visual tokens of the batch.
+
+    Returns:
+        ``[T, d_v]`` in the order of `tokens`.
+
+    Raises:
+        ValueError: when patches and tokens do not fit.
+    """
+    count, width = len(tokens.image), features.shape[-1]
+    if features.dim() == 2 or batch.get("image_grid_thw") is not None:
+        flat = features.reshape(-1, width)
+        if len(flat) % count:
+            raise _unfit(vlm, features, count)
+        merged = flat.view(count, -1, width).mean(dim=1)
+        order = _window_order(encoder_of(vlm), batch)
+        return merged if order is None else merged[order.argsort()]
+    tiles, patches, _ = features.shape
+    if count % tiles or patches % (count // tiles):
+        raise _unfit(vlm, features, count)
+    side, merge = round(patches**0.5), round((patches * tiles // count) ** 0.5)
+    if merge > 1:
+        if side * side != patches or merge * merge * count != patches * tiles:
+            raise _unfit(vlm, features, count)
+        square = features.transpose(1, 2).reshape(tiles, width, side, side)
+        features = F.avg_pool2d(square, merge).flatten(2).transpose(1, 2)
+    return features.reshape(count, width)
+
+
+def _window_order(encoder: Any, batch: dict[str, Any]) -> Tensor | None:
+    """The order in which Qwen2.5-VL's encoder keeps its merged patches until its very end."""
+    if not hasattr(encoder, "window_size"):
+        return None
+    if hasattr(encoder, "get_window_index"):
+        return torch.as_tensor(encoder.get_window_index(batch["image_grid_thw"])[0])
+    from transformers.vision_utils import get_vision_window_index
+
+    index, _ = get_vision_window_index(
+        batch["image_grid_thw"],
+        spatial_merge_size=encoder.spatial_merge_size,
+        window_size=encoder.window_size,
+        patch_size=encoder.patch_size,
+    )
+    return index
+
+
+def _unfit(vlm: Vlm, features: Tensor, count: int) -> ValueError:
+    return ValueError(
+        f"model family {vlm.family!r}: its projector takes features of shape {list(features.shape)}, which do not pool "
+        f"to {count} visual tokens; use the anchor 'pre_llm'."
+    )
