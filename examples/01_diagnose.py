@@ -1,7 +1,7 @@
 """Look inside a model: what is left of a picture at every layer.
 
-    python examples/01_diagnose.py            # the tiny testbed model, offline
-    python examples/01_diagnose.py MODEL DIR  # any image-text-to-text checkpoint, and a folder of pictures
+python examples/01_diagnose.py            # the tiny testbed model, offline
+python examples/01_diagnose.py MODEL DIR  # any image-text-to-text checkpoint, and a folder of pictures
 """
 
 import sys

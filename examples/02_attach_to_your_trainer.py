@@ -1,6 +1,6 @@
 """Predictive Regularization in a training loop of your own: two lines more than without.
 
-    python examples/02_attach_to_your_trainer.py
+python examples/02_attach_to_your_trainer.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Predictive Regularization in HF Trainer, or any subclass of it, with gradient accumulation done exactly.
 
-    python examples/03_hf_trainer.py
+python examples/03_hf_trainer.py
 """
 
 from transformers import Trainer, TrainingArguments

@@ -32,6 +32,8 @@ class AnchorSource:
         self.external: ExternalEncoder | None = None
         self.hooks: list[Any] = []
         self._projector_input: Tensor | None = None
+        if not config.active:
+            return
         if self.kind in ("pre_projector", "encoder"):
             self.width = _encoder_width(vlm)
             self.hooks.append(projector_of(vlm).register_forward_pre_hook(self._take_projector_input, with_kwargs=True))

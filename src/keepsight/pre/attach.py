@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +12,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from keepsight.pre.anchors import AnchorSource
 from keepsight.pre.config import PReConfig
-from keepsight.pre.controls import ControlAnchor
-from keepsight.pre.external import PIXELS, POINTS
+from keepsight.pre.forward import ForwardPass
 from keepsight.pre.head import PredictionHead, Predictors
-from keepsight.pre.inject import with_gradient_of
 from keepsight.pre.life import DeadLossError, assert_alive
-from keepsight.pre.objective import predictive_loss_sum
-from keepsight.pre.sight import Observer, Seen, Sight
-from keepsight.vlm.grids import ImageTokens
-from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, unwrap
+from keepsight.pre.sight import Seen, Sight
+from keepsight.vlm.view import Vlm, unwrap
 
 HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names in checkpoints
 _HANDLE = "_keepsight_handle"
-_ANCHOR = "anchor"  # the name of the target that is no layer
 
 
 class Handle(TrainerCallback):
@@ -50,7 +44,7 @@ class Handle(TrainerCallback):
         self.vlm = Vlm(model)
         self.config = config
         self.inject = inject
-        self.layers, self._shares = _resolve(self.vlm, config)
+        self.layers, shares = _resolve(self.vlm, config)
         self.layer = self.layers[-1]
         core = self.vlm.core
         if getattr(core, _HANDLE, None) is not None:
@@ -58,48 +52,20 @@ class Handle(TrainerCallback):
                 "predictive regularization is attached to this model already; call detach() on the first handle "
                 "(keepsight.handle_of(model)) before attaching again."
             )
-        self._source = AnchorSource(self.vlm, config)
-        self._control = ControlAnchor(config.control, config.seed) if config.control else None
-        self._targets = {
-            layer: f"h{below}" if config.cascade and below else _ANCHOR
-            for below, layer in zip((0, *self.layers), self.layers, strict=False)
-        }
-        width = self.vlm.width
-        widths = {name: self._source.width if name == _ANCHOR else width for name in self._targets.values()}
-        out = [widths[self._targets[layer]] for layer in self.layers]
-        predictors = Predictors(self.layers, width, out, config.hidden or width, config.seed)
-        if config.normalise != "none":
-            predictors.normalise_with(widths, whiten=config.normalise == "whitened")
-        predictors.teacher = self._source.teacher
+        self.images_in_step: int | None = None
+        self.accumulation = 1
+        self._forward = ForwardPass(
+            self.vlm, config, self.layers, shares, inject=inject, coefficient=self._injected_coefficient
+        )
+        predictors = Predictors(self._forward.widths, self._forward.targets, self.vlm.width, config)
+        predictors.teacher = self._forward.source.teacher
         predictors.requires_grad_(config.active)
         predictors.to(next(self.vlm.layers[self.layer - 1].parameters()).device)
         core.add_module(HEAD, predictors)
         setattr(core, _HANDLE, self)
-        self.images_in_step: int | None = None
-        self.accumulation = 1
-        self._forwards = 0  # since the last optimizer step
-        self._steps: int | None = None  # what `predictors.steps` holds, read once: reading makes the device wait
-        predictors.register_load_state_dict_post_hook(self._forget_steps)
         self._alive = not config.active
-        self._observers = {layer: Observer() for layer in self.layers}
-        self._loss_sum: Tensor | None = None
-        self._seen: dict[int, Seen] = {}
-        self._sight: Sight | None = None
-        self._images = 0
-        self._extra: dict[str, Tensor] = {}
-        self._disarm()
-        # Bound methods, so that a deep copy of the model carries a handle and a head of its own.
-        self._hooks = [
-            unwrap(model).register_forward_pre_hook(self._take_extra, with_kwargs=True),
-            core.register_forward_pre_hook(self._begin, with_kwargs=True),
-            core.register_forward_hook(self._finish),
-            self.vlm.layers[0].register_forward_pre_hook(self._take_inputs, with_kwargs=True),
-            *(
-                self.vlm.layers[layer - 1].register_forward_hook(partial(_take_state, self, layer))
-                for layer in self.layers
-            ),
-            *self._source.hooks,
-        ]
+        predictors.register_load_state_dict_post_hook(self._restore_steps)
+        self._hooks = self._forward.hook(self._find_predictors)
         _LIVE.add(self)
 
     # ---- what a training loop reads --------------------------------------------------------------------------------
@@ -107,7 +73,10 @@ class Handle(TrainerCallback):
     @property
     def predictors(self) -> Predictors:
         """The submodule that PRe added to the model."""
-        module = getattr(self.vlm.core, HEAD)
+        return self._find_predictors()
+
+    def _find_predictors(self) -> Predictors:
+        module: Any = getattr(self.vlm.core, HEAD)
         if hasattr(module, "modules_to_save"):  # PEFT trains and saves a copy
             module = module.modules_to_save[module.active_adapters[0]]
         return module
@@ -120,12 +89,11 @@ class Handle(TrainerCallback):
     @property
     def steps(self) -> int:
         """Optimizer steps taken with PRe attached, those of a resumed run included."""
-        if self._steps is None:
-            self._steps = int(self.predictors.steps)
-        return self._steps
+        return self._forward.step
 
-    def _forget_steps(self, *_: Any) -> None:
-        self._steps = None
+    def _restore_steps(self, predictors: Any, *_: Any) -> None:
+        # A number of our own beside the buffer, because reading the buffer makes the device wait.
+        self._forward.step = int(predictors.steps)
 
     @property
     def weight(self) -> float:
@@ -139,30 +107,33 @@ class Handle(TrainerCallback):
         With ``observe=True`` the coefficient is 1: the head learns, from detached states. With ``inject=True`` the
         gradient is on its way already, so this is a number to log, without graph.
         """
-        if self._loss_sum is None:
+        summed = self._forward.loss_sum
+        if summed is None:
             return torch.zeros((), device=self.predictors.steps.device)
-        loss = self._coefficient() * self._loss_sum
+        loss = self._coefficient() * summed
         return loss.detach() if self.inject else loss
 
     def _coefficient(self) -> float:
-        return (1.0 if self.config.observe else self.weight) / max(self.images_in_step or self._images, 1)
+        return (1.0 if self.config.observe else self.weight) / max(self.images_in_step or self._forward.images, 1)
+
+    def _injected_coefficient(self) -> float:
+        return self._coefficient() / self.accumulation
 
     @property
     def sight(self) -> Sight | None:
         """The numbers of the latest training forward, a mean over the layers; None before the first."""
-        if self._sight is None and self._seen:
-            self._sight = self.seen.read()  # type: ignore[union-attr]
-        return self._sight
+        return self.seen.read() if self.seen else None
 
     @property
     def seen(self) -> Seen | None:
         """`sight` before it is read: its tensors are on the device still. None before the first training forward."""
-        return Seen.mean(list(self._seen.values())) if self._seen else None
+        found = list(self._forward.seen.values())
+        return Seen.mean(found) if found else None
 
     @property
     def sights(self) -> dict[int, Sight]:
         """`sight` of each layer."""
-        return {layer: seen.read() for layer, seen in self._seen.items()}
+        return {layer: seen.read() for layer, seen in self._forward.seen.items()}
 
     @property
     def cosine(self) -> float | None:
@@ -187,13 +158,18 @@ class Handle(TrainerCallback):
         """The heads' parameters."""
         return self.predictors.heads.parameters()
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether batches must carry what `prepare` makes."""
+        return self._forward.source.external is not None
+
     def prepare(self, images: list[Any], processor: Any) -> dict[str, Tensor]:
         """What a batch must carry for an external anchor besides the processor's output; empty for other anchors.
 
         Args:
             images: the batch's pictures (PIL), in order. processor: the model's.
         """
-        external = self._source.external
+        external = self._forward.source.external
         return {} if external is None or not images else external.prepare(images, processor, self.vlm)
 
     def peft(self, config: Any) -> Any:
@@ -201,8 +177,6 @@ class Handle(TrainerCallback):
 
         For ``get_peft_model(model, handle.peft(LoraConfig(...)))`` after `attach`.
         """
-        import copy
-
         changed = copy.copy(config)
         changed.modules_to_save = [*(config.modules_to_save or []), HEAD]
         return changed
@@ -250,7 +224,7 @@ class Handle(TrainerCallback):
                 "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
                 "data, or set weight=0."
             )
-        external = self._source.external
+        external = self._forward.source.external
         if external is not None and not external.unchanged():
             raise DeadLossError(
                 f"the weights of the external anchor {external.name!r} changed during training, so its targets did "
@@ -268,14 +242,7 @@ class Handle(TrainerCallback):
         if getattr(self.vlm.core, _HANDLE, None) is self:
             delattr(self.vlm.core, HEAD)
             delattr(self.vlm.core, _HANDLE)
-        self._disarm()
-        self._loss_sum = self._sight = None
-        self._seen = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What belongs to one forward (tensors in an autograd graph) cannot be copied and need not be.
-        transient = ("_loss_sum", "_sight", "_tokens", "_index", "_batch", "_inputs", "_target")
-        return {**self.__dict__, **dict.fromkeys(transient), "_seen": {}, "_states": {}, "_extra": {}}
+        self._forward.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -287,137 +254,15 @@ class Handle(TrainerCallback):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    # ---- hooks -----------------------------------------------------------------------------------------------------
-
-    def _disarm(self) -> None:
-        # Layers that gradient checkpointing recomputes in the backward find the handle disarmed.
-        self._tokens: ImageTokens | None = None  # not None = armed
-        self._index: Tensor | None = None
-        self._batch: dict[str, Any] | None = None
-        self._inputs: Tensor | None = None
-        self._target: Tensor | None = None
-        self._states: dict[int, Tensor] = {}
-
-    def _take_extra(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._extra = {name: kwargs[name] for name in (PIXELS, POINTS) if name in kwargs}
-        if self._extra:
-            return args, {name: value for name, value in kwargs.items() if name not in self._extra}
-        return None
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._disarm()
-        self._loss_sum = None
-        if not (self.config.active and module.training and torch.is_grad_enabled()):
-            return
-        batch = self.vlm.bind(args, kwargs)
-        mask = self.vlm.visual_mask(batch["input_ids"])
-        self._tokens = self.vlm.image_tokens(batch)
-        self._index = mask.flatten().nonzero(as_tuple=True)[0]
-        self._batch = batch
-        self._skipped = int((~mask.any(dim=1)).sum())
-        self._had_pixels = batch.get("pixel_values") is not None
-        self._images = self._tokens.n_images
-        self._seen, self._sight = {}, None
-
-    def _gather(self, hidden: Tensor) -> Tensor:
-        """The visual tokens: ``[B, S, d]`` → ``[T, d]``."""
-        assert self._index is not None
-        return hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))
-
-    def _take_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._tokens is not None:
-            self._inputs = self._gather(hidden_states_in(args, kwargs).detach())  # stop-gradient
-
-    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._tokens is None:
-            return
-        if not self.inject:
-            losses = [share * self._branch(layer) for layer, share in zip(self.layers, self._shares, strict=True)]
-            self._loss_sum = torch.stack(losses).sum()
-        self._forwards += 1
-        self._disarm()
-        self._extra = {}
-
-    def _branch(self, layer: int) -> Tensor:
-        """Loss of one layer, summed over the pictures of this forward."""
-        tokens, state = self._tokens, self._states.get(layer)
-        assert tokens is not None
-        assert state is not None, f"decoder layer {layer} did not run"
-        head = self.predictors.heads[str(layer)]
-        target = self._target_of(layer)
-        if tokens.n_images == 0:
-            # Connected to the head, so that every process of a distributed run has the same graph.
-            self._seen[layer] = self._observers[layer].nothing(self._skipped, self._had_pixels)
-            return 0.0 * torch.stack([p.sum() for p in head.parameters()]).sum()
-        states = self._gather(state)
-        prediction = head(states.detach() if self.config.observe else states)
-        target = target.to(prediction.device)
-        self._seen[layer] = self._observers[layer].look(
-            prediction.detach(),
-            target,
-            tokens,
-            skipped=self._skipped,
-            reaches_model=state.requires_grad and not self.config.observe,
-        )
-        return predictive_loss_sum(
-            prediction,
-            target,
-            tokens,
-            granularity=self.config.granularity,
-            distance=self.config.distance,
-            temperature=self.config.temperature,
-        )
-
-    @torch.no_grad()
-    def _target_of(self, layer: int) -> Tensor:
-        """What the layer's head predicts, ``[T, d']``."""
-        name = self._targets[layer]
-        if name != _ANCHOR:
-            return self._normalised(name, self._gather(self._states[int(name[1:])].detach()))
-        if self._target is None:
-            tokens, inputs, batch = self._tokens, self._inputs, self._batch
-            assert tokens is not None
-            assert inputs is not None, "decoder layer 0 did not run"
-            assert batch is not None
-            empty = tokens.n_images == 0
-            anchor = self._source.empty(inputs.device) if empty else self._source(inputs, tokens, batch, self._extra)
-            if self._control is not None:
-                anchor = self._control(anchor, tokens, self.steps, self._forwards)
-            self._target = self._normalised(name, anchor)
-        return self._target
-
-    def _normalised(self, name: str, target: Tensor) -> Tensor:
-        statistics = self.predictors.statistics
-        if name not in statistics:
-            return target
-        statistics[name].collect(target)  # type: ignore[operator]
-        return statistics[name](target)
-
     def _stepped(self) -> None:
         """An optimizer that holds the head has taken a step."""
-        self._forwards = 0
         predictors = self.predictors
-        self._steps = self.steps + 1
+        self._forward.step += 1
+        self._forward.in_step = 0
         predictors.steps += 1
-        for statistics in predictors.statistics.values():
-            statistics.commit()  # type: ignore[operator]
+        predictors.commit_statistics()
         if predictors.teacher is not None:
             predictors.teacher.update(self.vlm)
-
-
-def _take_state(handle: Handle, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if handle._tokens is None:
-        return None
-    state = hidden_states_out(output)
-    # Gathered later: an extra operation here could run inside a checkpointed region and not in its replay.
-    handle._states[layer] = state
-    if not handle.inject:
-        return None
-    share = handle._shares[handle.layers.index(layer)]
-    loss = share * handle._branch(layer)
-    handle._loss_sum = loss.detach() + (0 if handle._loss_sum is None else handle._loss_sum)
-    state = with_gradient_of(state, loss * (handle._coefficient() / handle.accumulation))
-    return state if isinstance(output, torch.Tensor) else (state, *output[1:])
 
 
 _LIVE: weakref.WeakSet[Handle] = weakref.WeakSet()

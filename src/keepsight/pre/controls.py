@@ -55,8 +55,8 @@ class ControlAnchor:
         for image in range(tokens.n_images):
             other = (first + image + 1) % len(grids)
             chosen = own == image
-            places = (part.cpu()[chosen] for part in (tokens.tile, tokens.row, tokens.column))
-            index = starts[other] + _same_place(*places, tokens.grids[image], grids[other])
+            tile, row, column = (part.cpu()[chosen] for part in (tokens.tile, tokens.row, tokens.column))
+            index = starts[other] + _same_place(tile, row, column, tokens.grids[image], grids[other])
             if len(grids) == 1:  # the very first picture has no other: its own patches, back to front
                 index = index.flip(0)
             found.append(pool[index.to(pool.device)])

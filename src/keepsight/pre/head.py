@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from keepsight.pre.config import PReConfig
 from keepsight.pre.float32 import Float32Module
 from keepsight.pre.normalise import AnchorStatistics
 from keepsight.pre.teacher import Teacher
@@ -49,25 +50,43 @@ class PredictionHead(Float32Module):
 class Predictors(Float32Module):
     """The submodule that a model with PRe carries: a head for each layer, and buffers that checkpoints must hold.
 
+    Args:
+        widths: target → its channels d'.
+        targets: layer → the target that its head predicts.
+        width: d of the states.
+        config: for the heads' hidden width and seed, and the normalisation.
+
     Attributes:
-        heads: layer (as text) → `PredictionHead`. statistics: target (as text) → `AnchorStatistics`.
+        heads: layer (as text) → `PredictionHead`. statistics: target → `AnchorStatistics`.
         teacher: the averaged weights of a moving-average or frozen anchor, or None.
         steps: optimizer steps taken with PRe attached, scalar.
     """
 
-    def __init__(self, layers: Sequence[int], width: int, out_widths: Sequence[int], hidden: int, seed: int) -> None:
+    steps: Tensor
+
+    def __init__(self, widths: Mapping[str, int], targets: Mapping[int, str], width: int, config: PReConfig) -> None:
         super().__init__()
+        hidden = config.hidden or width
         self.heads = nn.ModuleDict(
             {
-                str(layer): PredictionHead(width, out, hidden, seed=seed + number)
-                for number, (layer, out) in enumerate(zip(layers, out_widths, strict=True))
+                str(layer): PredictionHead(width, widths[target], hidden, seed=config.seed + number)
+                for number, (layer, target) in enumerate(targets.items())
             }
         )
-        self.statistics = nn.ModuleDict()
+        whiten = config.normalise == "whitened"
+        self.statistics = nn.ModuleDict(
+            {name: AnchorStatistics(d, whiten=whiten) for name, d in widths.items() if config.normalise != "none"}
+        )
         self.teacher: Teacher | None = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def normalise_with(self, targets: dict[str, int], whiten: bool) -> None:
-        """Keep running statistics of these targets, of these widths."""
-        for name, width in targets.items():
-            self.statistics[name] = AnchorStatistics(width, whiten=whiten)
+    def statistics_of(self, target: str) -> AnchorStatistics | None:
+        """The running statistics of a target, if it is normalised."""
+        return dict(self.statistics.items()).get(target)  # type: ignore[return-value]
+
+    def commit_statistics(self) -> None:
+        """End of an optimizer step."""
+        for name in self.statistics:
+            found = self.statistics_of(name)
+            assert found is not None
+            found.commit()

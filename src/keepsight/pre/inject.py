@@ -26,4 +26,4 @@ def with_gradient_of(hidden: Tensor, loss: Tensor) -> Tensor:
     The gradient of `loss` has weight 1 whatever arrives from above: what divides the trainer's own loss (accumulation)
     must have divided `loss` before.
     """
-    return _WithGradientOf.apply(hidden, loss)  # type: ignore[no-any-return]
+    return _WithGradientOf.apply(hidden, loss)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from keepsight.training.conversations import ConversationError, ConversationSource
-from keepsight.training.encode import CutError, Encoded, Encoder
+from keepsight.training.encode import CutError, Encoded, Encoder, Prepare
 from keepsight.training.hub_dataset import HubConversations
 from keepsight.training.images import ImageError
 from keepsight.training.llava_json import LlavaConversations
@@ -47,6 +47,13 @@ class ConversationDataset(Dataset[Encoded]):
         # In shared memory, so that what loader processes find is known to the process that reports it.
         self.states = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
         self._known = [index for index in range(len(source)) if index not in source.broken]
+
+    def prepare_with(self, prepare: Prepare | None) -> None:
+        """Make further picture tensors from now on, or no longer; what was encoded without is encoded again."""
+        if prepare != self.encoder.prepare:
+            self.encoder.prepare = prepare
+            self._room += sum(encoded.nbytes for encoded in self._cache.values())
+            self._cache.clear()
 
     def __len__(self) -> int:
         return len(self._known)

@@ -1,9 +1,11 @@
 """One conversation → model inputs, with labels on the assistant's tokens only. Ours; works through any processor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from keepsight.training.conversations import Conversation, ConversationError
@@ -11,6 +13,7 @@ from keepsight.training.images import open_image
 from keepsight.training.spans import TemplateError, assistant_spans, carry_over, image_markers, overlapping
 
 IGNORED = -100  # the label of tokens that the loss leaves out
+Prepare = Callable[[list[Image.Image], Any], dict[str, Tensor]]  # pictures, processor → further picture tensors
 
 
 class CutError(ValueError):
@@ -44,6 +47,9 @@ class Encoder:
         processor: any image-text processor with a chat template and a fast tokenizer.
         max_length: longest sequence, pictures included; longer text is cut at its end, a picture never is.
 
+    Attributes:
+        prepare: makes further picture tensors from the pictures themselves (`Handle.prepare`), or None.
+
     Raises:
         TemplateError: if the processor has no chat template, its tokenizer gives no character offsets, or its
             template writes no image token.
@@ -64,6 +70,7 @@ class Encoder:
             raise ValueError(f"max_length is {max_length}; allowed: 1 or more, or none for no limit.")
         self.processor = processor
         self.max_length = max_length
+        self.prepare: Prepare | None = None
         self.markers = image_markers(processor)
         ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
         self.image_ids = frozenset(self.markers) | {int(index) for index in ids if index is not None}
@@ -95,6 +102,8 @@ class Encoder:
             if isinstance(value, Tensor) and value.shape == batch["input_ids"].shape
         }
         media = {key: value for key, value in batch.items() if key not in sequence and isinstance(value, Tensor)}
+        if images and self.prepare is not None:
+            media |= self.prepare(images, self.processor)
         sequence["labels"] = torch.where(torch.tensor(labelled), ids, IGNORED)
         return self._cut(conversation, sequence, media)
 

@@ -77,6 +77,7 @@ def train(
     for name, stage in config.stages().items():
         learning = train_only(model, stage.train)
         handle = _attach(model, config, stage, handle)
+        datasets[name].prepare_with(handle.prepare if handle.needs_pictures else None)
         trainer = KeepsightTrainer(
             model=model,
             args=arguments[name],

@@ -1,0 +1,155 @@
+"""An external encoder as the anchor: its own pixels, its features where the visual tokens look."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
+
+import keepsight
+from keepsight.pre import DeadLossError
+from keepsight.pre.external import PIXELS, POINTS, ExternalEncoder
+from keepsight.vlm.geometry import token_centres
+from tests.tiny import IMAGE, llava_clip_llama
+from tests.vlm.test_geometry import SQUARE, TILED, silenced
+
+MEAN, DEVIATION = [0.2, 0.4, 0.6], [0.5, 0.25, 0.125]  # nobody else's
+SIDE, PATCH, WIDTH = 12, 3, 24
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A tiny DINOv2 with its processor, saved; trained at 12 pixels in patches of 3."""
+    torch.manual_seed(5)
+    config = Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=PATCH, mlp_ratio=2
+    )
+    folder = tmp_path_factory.mktemp("dino")
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessor(
+        size={"shortest_edge": 14}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=DEVIATION
+    ).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def processor_of(family: str) -> SimpleNamespace:
+    return SimpleNamespace(image_processor={**TILED, **SQUARE}[family].image_processor)
+
+
+def test_centres_of_a_plain_square_grid():
+    model, _ = llava_clip_llama()
+    centres = token_centres(processor_of("llava-clip-llama"), keepsight.vlm.Vlm(model), 16, 16)
+    grid = (torch.arange(4) + 0.5) / 4
+    expected = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1).view(16, 2)
+    assert torch.allclose(centres, expected, atol=0.01)
+
+
+def test_centres_follow_the_crop():
+    model, _ = llava_clip_llama()
+    centres = token_centres(processor_of("llava-clip-llama"), keepsight.vlm.Vlm(model), 32, 16)
+    grid = (torch.arange(4) + 0.5) / 4  # the crop keeps the middle half of the width
+    expected = torch.stack(torch.meshgrid(0.25 + grid / 2, grid, indexing="xy"), dim=-1).view(16, 2)
+    assert torch.allclose(centres, expected, atol=0.01)
+
+
+def test_centres_of_tiles_and_their_thumbnail():
+    vlm = silenced("smolvlm")
+    centres = token_centres(
+        SimpleNamespace(image_processor=TILED["smolvlm"].image_processor), vlm, 32, 16
+    )  # two tiles side by side, 2 × 2 tokens each, then the whole
+    x, y = centres[:, 0].view(3, 2, 2), centres[:, 1].view(3, 2, 2)
+    assert x[0, 0].tolist() == pytest.approx([0.125, 0.375], abs=0.01)
+    assert x[1, 0].tolist() == pytest.approx([0.625, 0.875], abs=0.01)
+    assert x[2, 0].tolist() == pytest.approx([0.25, 0.75], abs=0.03)
+    assert y[0, :, 0].tolist() == pytest.approx([0.25, 0.75], abs=0.01)
+
+
+def test_pixels_are_the_encoders_own(dino):
+    external = ExternalEncoder(str(dino))
+    model, _ = llava_clip_llama()
+    image = picture(0, SIDE, SIDE)
+    batch = external.prepare([image], processor_of("llava-clip-llama"), keepsight.vlm.Vlm(model))
+    expected = (np.asarray(image) / 255 - MEAN) / DEVIATION
+    assert torch.allclose(batch[PIXELS][0], torch.tensor(expected).permute(2, 0, 1).float(), atol=1e-5)
+    assert batch[POINTS].shape == (16, 2)
+
+
+def test_loss_is_the_cosine_to_the_features_at_the_same_place(dino):
+    """The 4 × 4 grid of tokens meets the encoder's 4 × 4 patches exactly, so nothing is interpolated."""
+    model, batch = llava_clip_llama()
+    model.train()
+    handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino), weight=1.0))
+    images = [picture(i) for i in range(3)]
+    extra = handle.prepare(images, processor_of("llava-clip-llama"))
+    out = model(**batch, **extra, output_hidden_states=True)
+    plain = AutoModel.from_pretrained(dino).eval()
+    with torch.no_grad():
+        own = plain(pixel_values=extra[PIXELS], output_hidden_states=True).hidden_states[-1][
+            :, 1:
+        ]  # without class token
+    prediction = handle.head(out.hidden_states[2][batch["input_ids"] == IMAGE]).view(3, 16, WIDTH)
+    expected = -F.cosine_similarity(prediction, own, dim=-1).mean()
+    # The centres come from eight-bit colours: a patch is 64 grey values wide.
+    assert handle.loss.item() == pytest.approx(expected.item(), abs=5e-3)
+    handle.loss.backward()
+    assert not any(p.requires_grad for p in handle._forward.source.external.model.parameters())
+    assert not any("dino" in name.lower() for name in model.state_dict())
+
+
+def test_pictures_that_do_not_fit_or_are_missing(dino):
+    model, batch = llava_clip_llama()
+    model.train()
+    handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino)))
+    with pytest.raises(ValueError, match=r"needs the pictures themselves: add `batch \|= handle.prepare"):
+        model(**batch)
+    extra = handle.prepare([picture(0)], processor_of("llava-clip-llama"))
+    with pytest.raises(ValueError, match="holds 3 pictures with 48 visual tokens, but 1 pictures with 16"):
+        model(**batch, **extra)
+    ids = torch.tensor([[1, 5, 6]])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))  # no picture, no need
+    assert handle.loss.item() == 0.0
+
+
+def test_an_encoder_whose_weights_are_missing_is_refused(dino, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in dino.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layer.1." not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"lacks the weights of .*partly random"):
+        ExternalEncoder(str(tmp_path))
+
+
+def test_loading_leaves_the_weights_as_they_are_in_the_file(dino):
+    """A target encoder that is initialised again after loading is random, and nobody notices."""
+    from safetensors.torch import load_file
+
+    external = ExternalEncoder(str(dino))
+    stored = load_file(dino / "model.safetensors")
+
+    def content(tensors):  # names in the file are an older version's
+        return sorted((tuple(value.shape), value.double().sum().item()) for value in tensors)
+
+    assert content(external.model.state_dict().values()) == content(stored.values())
+
+
+def test_weights_that_change_under_way_are_noticed(dino):
+    model, _ = llava_clip_llama()
+    handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino)))
+    handle._alive = True
+    handle.on_train_end(None, None, None)
+    with torch.no_grad():
+        for p in handle._forward.source.external.model.parameters():
+            p.normal_()
+    with pytest.raises(DeadLossError, match=r"the external anchor .* changed during training"):
+        handle.on_train_end(None, None, None)
