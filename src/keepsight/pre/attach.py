@@ -130,6 +130,16 @@ class Handle(TrainerCallback):
         found = list(self._forward.seen.values())
         return Seen.mean(found) if found else None
 
+    def seen_at(self, layer: int) -> Seen:
+        """`seen` of one layer."""
+        return self._forward.seen[layer]
+
+    @property
+    def loss_sum(self) -> Tensor | None:
+        """L_PRe of the latest training forward, summed over its pictures and detached; None before the first."""
+        summed = self._forward.loss_sum
+        return None if summed is None else summed.detach()
+
     @property
     def sights(self) -> dict[int, Sight]:
         """`sight` of each layer."""
@@ -171,6 +181,15 @@ class Handle(TrainerCallback):
         """
         external = self._forward.source.external
         return {} if external is None or not images else external.prepare(images, processor, self.vlm)
+
+    def memory(self) -> dict[str, Any]:
+        """What a resumed run must take back with `remember`, besides the model's weights and buffers, to go on bit for
+        bit: the last picture's anchor. Tensors, numbers and tuples only."""
+        return self._forward.memory()
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Take back what `memory` gave."""
+        self._forward.remember(memory)
 
     def peft(self, config: Any) -> Any:
         """A copy of a PEFT configuration with which the head stays trainable and is saved with the adapter.

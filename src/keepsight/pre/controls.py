@@ -24,7 +24,7 @@ class ControlAnchor:
     def __init__(self, kind: Control, seed: int) -> None:
         self.kind = kind
         self.seed = seed
-        self._last: tuple[Tensor, Grids] | None = None  # for a batch of one picture
+        self.last: tuple[Tensor, Grids] | None = None  # the last picture, for a batch of one
         self._vectors: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(self, anchor: Tensor, tokens: ImageTokens, step: int, forward: int) -> Tensor:
@@ -48,8 +48,8 @@ class ControlAnchor:
         pool, grids, first = _gather(anchor, tokens.grids)
         if not tokens.n_images:
             return anchor
-        if len(grids) == 1 and self._last is not None:
-            pool, grids = torch.cat([pool, self._last[0]]), grids + self._last[1]
+        if len(grids) == 1 and self.last is not None:
+            pool, grids = torch.cat([pool, self.last[0]]), grids + self.last[1]
         starts = torch.tensor([0, *(_size(picture) for picture in grids)]).cumsum(0).tolist()
         found, own = [], tokens.image.cpu()
         for image in range(tokens.n_images):
@@ -60,7 +60,7 @@ class ControlAnchor:
             if len(grids) == 1:  # the very first picture has no other: its own patches, back to front
                 index = index.flip(0)
             found.append(pool[index.to(pool.device)])
-        self._last = anchor[(tokens.image == tokens.n_images - 1)].detach(), tokens.grids[-1:]
+        self.last = anchor[(tokens.image == tokens.n_images - 1)].detach(), tokens.grids[-1:]
         return torch.cat(found)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from keepsight.pre.anchors import AnchorSource
@@ -14,7 +15,7 @@ from keepsight.pre.config import PReConfig
 from keepsight.pre.controls import ControlAnchor
 from keepsight.pre.external import PIXELS, POINTS
 from keepsight.pre.head import Predictors
-from keepsight.pre.inject import with_gradient_of
+from keepsight.pre.inject import connected, with_gradient_of
 from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen
 from keepsight.vlm.grids import ImageTokens
@@ -85,6 +86,18 @@ class ForwardPass:
             *self.source.hooks,
         ]
 
+    def memory(self) -> dict[str, Any]:
+        """What the next forward may need of those before and no buffer holds; tensors, numbers and tuples only."""
+        observers = {layer: observer.memory() for layer, observer in self.observers.items()}
+        return {"observers": observers, "control": None if self._control is None else self._control.last}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Take back what `memory` gave."""
+        for layer, observer in self.observers.items():
+            observer.remember(memory["observers"].get(layer))
+        if self._control is not None:
+            self._control.last = memory["control"]
+
     def clear(self) -> None:
         """Forget the latest forward."""
         self._disarm()
@@ -147,14 +160,17 @@ class ForwardPass:
         state = with_gradient_of(state, loss * self._coefficient())
         return state if isinstance(output, torch.Tensor) else (state, *output[1:])
 
-    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._tokens is None:
-            return
+            return None
         if not self.inject:
             self.loss_sum = torch.stack([share * self._loss_of(layer) for layer, share in self._shares.items()]).sum()
+            if dist.is_available() and dist.is_initialized():
+                output.last_hidden_state = connected(output.last_hidden_state, self.loss_sum)
         self.in_step += 1
         self._disarm()
         self._extra = {}
+        return output
 
     def _loss_of(self, layer: int) -> Tensor:
         """Loss of one layer, summed over the pictures of this forward."""

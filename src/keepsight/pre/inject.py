@@ -10,14 +10,14 @@ from torch import Tensor
 
 class _WithGradientOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.ones_like(loss))
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(torch.full_like(loss, scale))
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (one,) = ctx.saved_tensors
-        return gradients[0], one
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0], scale, None
 
 
 def with_gradient_of(hidden: Tensor, loss: Tensor) -> Tensor:
@@ -26,4 +26,13 @@ def with_gradient_of(hidden: Tensor, loss: Tensor) -> Tensor:
     The gradient of `loss` has weight 1 whatever arrives from above: what divides the trainer's own loss (accumulation)
     must have divided `loss` before.
     """
-    return _WithGradientOf.apply(hidden, loss)
+    return _WithGradientOf.apply(hidden, loss, 1.0)
+
+
+def connected(hidden: Tensor, loss: Tensor) -> Tensor:
+    """`hidden` unchanged, with `loss` in its graph at weight zero.
+
+    DistributedDataParallel looks from a model's outputs for the parameters that this forward used; a loss that travels
+    beside the outputs must be seen from them, or its parameters are taken for unused.
+    """
+    return _WithGradientOf.apply(hidden, loss, 0.0)

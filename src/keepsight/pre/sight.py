@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,20 @@ class Observer:
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, ImageTokens] | None = None
+
+    def memory(self) -> dict[str, Any] | None:
+        """The last picture's anchor and tokens, as plain tensors and tuples."""
+        if self._last is None:
+            return None
+        anchor, tokens = self._last
+        fields = {name: getattr(tokens, name) for name in _FIELDS}
+        return {"anchor": anchor, "grids": tokens.grids, **fields}
+
+    def remember(self, memory: dict[str, Any] | None) -> None:
+        """Take back what `memory` gave."""
+        if memory is not None:
+            tokens = ImageTokens(**{name: memory[name] for name in _FIELDS}, grids=memory["grids"])
+            self._last = memory["anchor"], tokens
 
     def nothing(self, skipped: int, had_pixels: bool) -> Seen:
         """A batch without pictures."""

@@ -25,6 +25,9 @@ OWNED = {
     "warmup_ratio": "<stage>.warmup_ratio",
     "lr_scheduler_type": "<stage>.lr_scheduler",
     "weight_decay": "<stage>.weight_decay",
+    "save_strategy": "save_steps",
+    "save_steps": "save_steps",
+    "resume_from_checkpoint": "--resume",
     "remove_unused_columns": "nothing: it must stay off",
 }
 
@@ -67,7 +70,7 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
             "torchrun --nproc_per_node, or choose one with CUDA_VISIBLE_DEVICES."
         )
     settings: dict[str, Any] = {
-        "save_strategy": "no",
+        "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),
         **config.trainer,
     }
@@ -83,6 +86,8 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
             warmup_steps=stage.warmup_ratio,
             lr_scheduler_type=stage.lr_scheduler,
             weight_decay=stage.weight_decay,
+            save_strategy="no" if config.save_steps is None else "steps",
+            save_steps=config.save_steps or 500,
             remove_unused_columns=False,
             **settings,
         )

@@ -20,7 +20,8 @@ class PReTrainerMixin:
 
     Logged beside the trainer's own numbers, as means since the last log over all processes: ``lm_loss`` (what the
     bare trainer would have logged as ``loss``), ``pre_loss`` (L_PRe, without λ), ``pre_cosine``, ``pre_margin`` (see
-    `keepsight.pre.sight.Sight`), and per step ``pre_images``, ``pre_tokens``, ``pre_skipped``.
+    `keepsight.pre.sight.Sight`), and per step ``pre_images``, ``pre_tokens``, ``pre_skipped``; with several layers
+    ``pre_cosine_<layer>`` for each, with a schedule ``pre_weight``.
 
     The head's gradient is clipped apart from the model's (``max_grad_norm`` each), so that the head cannot change how
     far the model steps. Before the first step that saw pictures `Handle.assert_alive` stops a dead run.
@@ -36,6 +37,11 @@ class PReTrainerMixin:
             raise ValueError(
                 "the trainer's model has no predictive regularization attached: call "
                 "keepsight.attach(model, keepsight.PReConfig()) before building the trainer (weight=0: the baseline)."
+            )
+        if handle.inject:
+            raise ValueError(
+                "PRe is attached with inject=True, so its gradient enters by itself, and PReTrainerMixin would add it "
+                "again: attach without inject, or use the plain trainer with callbacks=[handle]."
             )
         self.pre: Handle = handle
         self.add_callback(handle)  # type: ignore[attr-defined]
@@ -115,6 +121,8 @@ class PReTrainerMixin:
         """The trainer's log, with what the predictive loss saw since the last one."""
         if "loss" in logs and self._pre_log.steps:
             logs.update(self._pre_log.read(self.accelerator))  # type: ignore[attr-defined]
+            if self.pre.config.warmup_steps or self.pre.config.decay_steps:
+                logs["pre_weight"] = self.pre.weight
             self._pre_log = _Running()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -129,29 +137,37 @@ class PReTrainerMixin:
 class _Running:
     """Sums since the last log; on the device until read."""
 
-    FIELDS = ("lm", "cosine", "gain", "paired", "images", "tokens", "skipped")
+    FIELDS = ("lm", "loss", "cosine", "gain", "paired", "images", "tokens", "skipped")
 
     def __init__(self) -> None:
         self.steps = 0
         self.sums: Tensor | None = None
+        self.layers: tuple[int, ...] = ()
 
     def add(self, lm_loss: Tensor, handle: Handle) -> None:
-        seen = handle.seen
-        row = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=lm_loss.device)
+        seen, summed = handle.seen, handle.loss_sum
+        # Cosines of the layers, where there are several, stand behind the fields.
+        self.layers = tuple(handle.layers) if len(handle.layers) > 1 else ()
+        row = torch.zeros(len(self.FIELDS) + len(self.layers), dtype=torch.float64, device=lm_loss.device)
         row[0] = lm_loss
-        if seen is not None:
-            row[1:4] = torch.stack([seen.cosine_sum, seen.gain_sum, seen.paired.to(seen.gain_sum.dtype)])
-            row[4:] = torch.tensor([seen.images, seen.tokens, seen.skipped], dtype=torch.float64)
+        if seen is not None and summed is not None:
+            numbers = [summed, seen.cosine_sum, seen.gain_sum, seen.paired]
+            row[1:5] = torch.stack([number.to(row) for number in numbers])
+            row[5:8] = torch.tensor([seen.images, seen.tokens, seen.skipped], dtype=torch.float64)
+            for number, layer in enumerate(self.layers, start=len(self.FIELDS)):
+                row[number] = handle.seen_at(layer).cosine_sum
         self.sums = row if self.sums is None else self.sums + row
 
     def read(self, accelerator: Any) -> dict[str, float]:
         assert self.sums is not None
         total = accelerator.reduce(self.sums, reduction="sum")
-        lm, cosine, gain, paired, images, tokens, skipped = total.tolist()
+        lm, loss, cosine, gain, paired, images, tokens, skipped, *by_layer = total.tolist()
         logs = {"lm_loss": lm / self.steps / accelerator.num_processes}
         if images:
-            logs["pre_loss"] = -cosine / images
+            logs["pre_loss"] = loss / images
             logs["pre_cosine"] = cosine / images
+            for layer, value in zip(self.layers, by_layer, strict=True):
+                logs[f"pre_cosine_{layer}"] = value / images
         if paired:
             logs["pre_margin"] = gain / paired
         logs |= {

@@ -1,0 +1,107 @@
+"""Checkpoints that a run goes on from bit for bit, also when it is killed while one is being written.
+
+HF `Trainer` writes optimizer, schedule, random states and its own state. Three things are ours: weights under the names
+they have in memory (`save_pretrained` renames those of several families, and `Trainer` would read them back under the
+wrong names, silently), only of what learns (the rest comes from where it came from at first); what PRe remembers between
+steps; and a mark that is written last, without which a checkpoint does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from keepsight.pre import Handle
+from keepsight.results import write_file
+
+WEIGHTS = "weights.safetensors"
+MEMORY = "pre_memory.pt"
+MARK = "complete.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not belong to this run."""
+
+
+def save_weights(model: torch.nn.Module, folder: Path, learned: Iterable[str]) -> None:
+    """Write the parameters that have learned so far in this run, and all buffers, under their names in memory."""
+    wanted = set(learned)
+    state = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=True) if name in wanted}
+    persistent = model.state_dict()
+    state |= {name: b for name, b in model.named_buffers() if name in persistent}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
+    """Read `save_weights`' file back; returns the names it holds.
+
+    Raises:
+        CheckpointError: if the model has no such parameter: the checkpoint is of another model or head.
+    """
+    state = load_file(folder / WEIGHTS)
+    unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
+    if unknown:
+        raise CheckpointError(
+            f"checkpoint '{folder}' holds {unknown[:3]} ({len(unknown)} in all), which this model does not have: it was "
+            "written by another recipe. Give the recipe of the run, or another --out."
+        )
+    return set(state)
+
+
+class Checkpoints(TrainerCallback):
+    """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # every process has written its random state
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save(self.handle.memory(), folder / MEMORY)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        write_file(folder / MARK, json.dumps({"step": state.global_step, "files": sizes}, indent=1))
+        for other in folder.parent.glob("checkpoint-*"):
+            if other != folder:
+                (other / MARK).unlink(missing_ok=True)  # first, so that half of it is never taken for the whole
+                shutil.rmtree(other)
+
+
+def latest(stage: Path) -> Path | None:
+    """The newest whole checkpoint of a stage's folder; halves are removed."""
+    whole = []
+    for folder in stage.glob("checkpoint-*"):
+        if _is_whole(folder):
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`Trainer`'s own state in a checkpoint: global_step, log_history, …"""
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def read_memory(folder: Path) -> dict[str, Any]:
+    """What `Handle.memory` gave."""
+    return torch.load(folder / MEMORY, weights_only=True, map_location="cpu")

@@ -1,0 +1,106 @@
+"""One process of a distributed run, started by torchrun: trains the tiny LLaVA and writes what it logged.
+
+    torchrun --nproc_per_node 2 -m tests.training.worker MODE OUT
+
+MODE: trainer (HF Trainer with the mixin, DDP), loop (a plain loop, DDP), fsdp (a plain loop, FSDP2), with "-images"
+behind it for data where only one process ever has pictures, and further settings of PRe as name=value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import keepsight
+from tests.tiny import llava_clip_llama
+from tests.training.test_trainer import PReTrainer, collate, samples, train
+
+STEPS, BATCH = 3, 4
+
+
+def data(one_sided: bool) -> list[dict[str, Any]]:
+    """Twelve samples; one-sided: of every four, the first two (one process's share) have pictures, the others none."""
+    rows = samples()
+    rows = [*rows, *rows[2:6]]
+    if one_sided:
+        with_picture, without = rows[2], rows[1]
+        rows = [with_picture if index % BATCH < BATCH // 2 else without for index in range(len(rows))]
+    return rows
+
+
+def main(mode: str, out: str, *settings: str) -> None:
+    torch.set_num_threads(1)
+    values = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
+    kind, one_sided = mode.removesuffix("-images"), mode.endswith("-images")
+    model, _ = llava_clip_llama()
+    handle = keepsight.attach(model, keepsight.PReConfig(**values))
+    rows = data(one_sided)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if kind == "trainer":
+        path = Path(out).with_suffix(".trainer")
+        trainer, _ = train(model, path, rows, PReTrainer, batch=BATCH // processes, max_steps=STEPS, max_grad_norm=1.0)
+        log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
+        rank = trainer.args.process_index
+    else:
+        log, rank = plain_loop(kind, model, handle, rows, processes), int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        parameters = {
+            name: getattr(p, "full_tensor", lambda p=p: p)().double().norm().item()
+            for name, p in model.named_parameters()
+            if kind != "fsdp" or processes == 1
+        }
+        Path(out).write_text(json.dumps({"log": log, "parameters": parameters}))
+
+
+def plain_loop(kind: str, model: Any, handle: Any, rows: list[Any], processes: int) -> list[dict[str, float]]:
+    """SGD with ``handle.loss`` and ``images_in_step``; DDP or FSDP2 where there are several processes."""
+    rank, wrapped = 0, model
+    if processes > 1:
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        if kind == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (processes,))
+            for layer in handle.vlm.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(handle.predictors, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    model.train()
+    optimizer = torch.optim.SGD(keepsight.param_groups(model), lr=0.1)
+    log = []
+    for step in range(STEPS):
+        whole = rows[step * BATCH : (step + 1) * BATCH]
+        share = BATCH // processes
+        batch = collate(whole[rank * share : (rank + 1) * share])
+        handle.images_in_step = sum(0 if row["pixel_values"] is None else len(row["pixel_values"]) for row in whole)
+        # A mean over the answers' tokens of the whole batch, as HF Trainer takes it.
+        answers = sum(int((collate([row])["labels"][:, 1:] != -100).sum()) for row in whole)
+        own = int((batch["labels"][:, 1:] != -100).sum())
+        out = wrapped(**batch)
+        lm = out.loss * own / answers
+        # Both engines average gradients over processes.
+        ((lm + handle.loss) * processes).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        numbers = torch.stack([lm.detach(), handle.loss.detach()])
+        if processes > 1:
+            dist.all_reduce(numbers)
+        log.append({"lm_loss": numbers[0].item(), "pre": numbers[1].item()})
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return log
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
