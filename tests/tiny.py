@@ -64,17 +64,22 @@ def pixels(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def llava_clip_llama(seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def llava(side: int = 16, patch: int = 4, seed: int = 0) -> Any:
+    """CLIP with a CLS token, and Llama; pictures of `side` × `side` pixels, a token for each `patch` × `patch`."""
     config = LlavaConfig(
         text_config=LlamaConfig(**TEXT),
-        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+        vision_config=CLIPVisionConfig(**{**VISION, "image_size": side, "patch_size": patch}, projection_dim=32),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
+    return build(config, seed)
+
+
+def llava_clip_llama(seed: int = 0) -> tuple[Any, dict[str, Any]]:
     one = [IMAGE] * 16
     batch = sequences([1, 5, *one, *one, 6, 7, 8], [1, *one, 9, 10])  # the first two pictures are adjacent
-    return build(config, seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
+    return llava(seed=seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
 
 
 def llava_siglip_qwen2(seed: int = 0) -> tuple[Any, dict[str, Any]]:

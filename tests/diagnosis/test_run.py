@@ -136,7 +136,7 @@ def test_every_layer_has_every_metric(result):
         "objects": 48,
         "skipped objects": 0,
     }
-    assert result.info["prompt"] == "USER: <image> Describe the picture. ASSISTANT:"
+    assert result.info["prompt"] == "<bos>USER: <image> Describe the picture.\nASSISTANT:"
     assert len(result.info["prompt_sha256"]) == 64
 
 

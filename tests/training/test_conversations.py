@@ -13,7 +13,7 @@ from keepsight.training.data import load_source
 from keepsight.training.hub_dataset import HubConversations
 from keepsight.training.images import ImageError, open_image, resolve_image
 from keepsight.training.llava_json import LlavaConversations
-from tests.training.processors import text
+from tests.tiny_processors import text
 
 IMAGE = {"type": "image"}
 

@@ -2,26 +2,24 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from transformers import BertConfig, LlamaConfig
 
 from keepsight.training.conversations import Conversation
 from keepsight.training.encode import Encoder
 from keepsight.vlm.load import LoadError, load_model, load_processor, model_folder
-from tests.training.models import make_model, save_model
-from tests.training.processors import TEMPLATE, make_llava, make_tokenizer, turns
+from tests.tiny import llava
+from tests.tiny_processors import make_llava, make_qwen, make_tokenizer, save_llava, turns
 
 FILM = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2}
 
 
 def test_loads_what_was_saved(tmp_path: Path) -> None:
-    model, processor = load_model(save_model(tmp_path))
-    expected = make_model().state_dict()
+    model, processor = load_model(save_llava(tmp_path))
+    expected = llava(patch=8).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not model.training
     assert type(processor).__name__ == "LlavaProcessor"
@@ -30,7 +28,7 @@ def test_loads_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_a_training_runs_folder_stands_for_its_model(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
+    save_llava(tmp_path / "model")
     assert model_folder(tmp_path) == str(tmp_path / "model")
     assert model_folder(tmp_path / "model") == str(tmp_path / "model")
 
@@ -58,15 +56,15 @@ def test_what_is_no_image_text_model(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
-    save_model(tmp_path)
+    save_llava(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    torch.save(make_model().state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(llava(patch=8).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(LoadError, match="no safetensors weights"):
         load_model(tmp_path)
 
 
 def test_a_model_without_processor(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path)
+    llava(patch=8).save_pretrained(tmp_path)
     with pytest.raises(LoadError, match="processor"):
         load_model(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -76,22 +74,7 @@ def test_a_model_without_processor(tmp_path: Path) -> None:
 
 def save_qwen(folder: Path) -> None:
     """A Qwen2.5-VL processor as its authors save it, film settings included; built here without them."""
-    tokenizer = make_tokenizer()
-    tokens = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    body = {
-        "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
-        "video_processor": SimpleNamespace(num_frames=None, fps=None),
-    }
-    family = transformers.Qwen2_5_VLProcessor
-    processor = type(family.__name__, (family,), body)(
-        image_processor=transformers.Qwen2VLImageProcessorPil(
-            patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096
-        ),
-        tokenizer=tokenizer,
-        chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    )
-    processor.save_pretrained(folder)
+    make_qwen().save_pretrained(folder)
     (folder / "video_preprocessor_config.json").write_text(json.dumps(FILM), encoding="utf-8")
 
 
