@@ -149,22 +149,27 @@ def internvl(seed: int = 0) -> tuple[Any, dict[str, Any]]:
     return build(config, seed), {**batch, "pixel_values": pixels(5, 3, 16, 16, seed=seed)}
 
 
-def gemma3(seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def gemma(patch: int = 4, tokens: int = 4, seed: int = 0) -> Any:
+    """SigLIP, whose patches are averaged to `tokens` a picture, and Gemma 3."""
     config = Gemma3Config(
         text_config={**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8},
-        vision_config={**VISION, "model_type": "siglip_vision_model"},
-        mm_tokens_per_image=4,
+        vision_config={**VISION, "patch_size": patch, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=tokens,
         image_token_index=IMAGE,
         boi_token_index=OPEN,
         eoi_token_index=CLOSE,
     )
-    one = [OPEN, *[IMAGE] * 4, CLOSE]
-    batch = sequences([1, *one, 5, *one, 6, 7, 8], [1, *one, 9, 10])
-    batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
     model = build(config, seed)
     # transformers starts this weight at zero, which would make every visual token the same.
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
-    return model, {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
+    return model
+
+
+def gemma3(seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    one = [OPEN, *[IMAGE] * 4, CLOSE]
+    batch = sequences([1, *one, 5, *one, 6, 7, 8], [1, *one, 9, 10])
+    batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
+    return gemma(seed=seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
 
 
 def smolvlm(seed: int = 0) -> tuple[Any, dict[str, Any]]:

@@ -163,13 +163,13 @@ def make_smolvlm() -> SmolVLMProcessor:
         )
 
 
-def make_gemma() -> Gemma3Processor:
+def make_gemma(tokens: int = 4) -> Gemma3Processor:
     """Frames every picture with two line breaks on either side, which merge with the text's own."""
     opening, closing, image = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
     return Gemma3Processor(
         image_processor=Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
         tokenizer=make_tokenizer(image, opening, closing, boi_token=opening, eoi_token=closing),
-        image_seq_length=4,
+        image_seq_length=tokens,
         chat_template=TEMPLATE.replace("IMAGE", opening),
     )
 

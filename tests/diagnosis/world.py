@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from tests.tiny import TEXT, llava
+from keepsight.diagnosis import DEFAULT_PROMPT
+from tests.tiny import IMAGE, TEXT, llava
 from tests.tiny_processors import make_llava
 
 SIDE, PATCH = 32, 4
@@ -19,6 +22,26 @@ COLOURS = {"blue": (40, 60, 220), "green": (30, 190, 60), "red": (220, 40, 40)}
 
 def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return llava(SIDE, PATCH, seed), make_llava(side=SIDE, patch=PATCH)
+
+
+def states_alone(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
+    """[L + 1, N, d] of one picture with the whole prompt, by transformers' own means."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": DEFAULT_PROMPT}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    last = []
+    # transformers' last hidden state is the one after the norm.
+    hook = model.get_decoder().norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+    hook.remove()
+    visual = inputs["input_ids"][0] == IMAGE
+    return torch.stack([*(state[0, visual] for state in hidden[:-1]), last[0][0, visual]])
 
 
 def picture(colour: str, seed: int) -> tuple[Image.Image, np.ndarray]:

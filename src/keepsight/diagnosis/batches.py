@@ -15,6 +15,7 @@ from keepsight.diagnosis.data import Picture, PictureError
 from keepsight.diagnosis.spectrum import GROUPS
 from keepsight.diagnosis.structure import membership
 from keepsight.vlm import Vlm
+from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.geometry import patch_coverage
 
 DEFAULT_PROMPT = "Describe the picture."
@@ -106,6 +107,7 @@ class Loader:
                 text=[self.prompt] * len(images),
                 return_tensors="pt",
                 padding=True,
+                **special_tokens(self.processor, self.prompt),
             )
         )
         tokens = self.vlm.image_tokens(inputs)
@@ -119,7 +121,7 @@ class Loader:
         total = len(tokens.image)
         for number, (mask, count) in enumerate(zip(masks, counts, strict=True)):
             if mask is not None:
-                _, coverage = patch_coverage(self.processor, self.vlm, mask)
+                _, coverage = patch_coverage(self.processor, self.vlm, mask, self.prompt)
                 if coverage.shape[1] != count:
                     raise ValueError(
                         f"the mask of '{self.pictures[indices[number]].name}' maps to {coverage.shape[1]} patches, but "

@@ -21,6 +21,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from keepsight.results import Measurement
+from keepsight.vlm.chat import special_tokens
 
 RESAMPLES = 2000
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -190,7 +191,14 @@ def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_toke
         prompts.append(
             processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         )
-    batch = processor(text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
+    batch = processor(
+        text=prompts,
+        images=images or None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **special_tokens(processor, prompts[0]),
+    )
     batch = batch.to(model.device)
     # Sampling settings of the checkpoint would only raise warnings: greedy decoding has none.
     out = model.generate(
