@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Batch
-from keepsight.diagnosis.data import Picture, PictureError
+from keepsight.diagnosis.data import Picture
 from keepsight.diagnosis.spectrum import GROUPS
 from keepsight.diagnosis.structure import membership
+from keepsight.images import ImageError
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.geometry import patch_coverage
@@ -82,14 +83,14 @@ class Loader:
         """The pictures with these indices; broken ones are left out when `skip_broken`.
 
         Raises:
-            PictureError: a picture cannot be read and `skip_broken` is off.
+            ImageError: a picture cannot be read and `skip_broken` is off.
         """
         for start in range(0, len(indices), self.batch_size):
             kept, images, arrays = [], [], []
             for index in indices[start : start + self.batch_size]:
                 try:
                     image, mask = self.pictures[index].open(self.split_components)
-                except PictureError:
+                except ImageError:
                     if not self.skip_broken:
                         raise
                     self.broken[index] = self.pictures[index].name

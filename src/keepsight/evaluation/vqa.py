@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
+from keepsight.images import open_image
 from keepsight.results import Measurement
 from keepsight.vlm.chat import special_tokens
 
@@ -187,7 +188,7 @@ def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_toke
         content: list[dict[str, str]] = [{"type": "text", "text": item.question}]
         if item.image is not None:
             content.insert(0, {"type": "image"})
-            images.append(_open(item.image))
+            images.append(open_image(item.image, _name(item), "Repair it, or leave its questions out."))
         prompts.append(
             processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         )
@@ -208,8 +209,5 @@ def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_toke
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
+def _name(item: VqaItem) -> str:
+    return str(item.image) if isinstance(item.image, (str, Path)) else f"of the question {item.question!r}"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keepsight.images import open_image
 from keepsight.training.conversations import Conversation, ConversationError
-from keepsight.training.images import open_image
 from keepsight.training.spans import TemplateError, assistant_spans, carry_over, image_markers, overlapping
 from keepsight.vlm.chat import special_tokens
 
