@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keepsight.diagnosis.data import components, find_pictures, read_mask
+from keepsight.diagnosis.data import find_pictures
 from keepsight.images import ImageError
 
 
@@ -125,25 +125,3 @@ def test_bad_input_is_named(folder, tmp_path):
         find_pictures(folder, labels=["cat"])
     with pytest.raises(ValueError, match="2 masks for 3 pictures; give one"):
         find_pictures(folder, masks=[None, None])
-
-
-def test_masks_are_index_pictures():
-    assert read_mask(Image.new("P", (2, 3), 7), "a").tolist() == [[7, 7]] * 3
-    with pytest.raises(ValueError, match=r"the mask of 'a' is a RGB picture; expected one channel \(mode L or P\)"):
-        read_mask(Image.new("RGB", (2, 3)), "a")
-    with pytest.raises(
-        ValueError, match=r"must be a \[H, W\] array of values 0 … 255; got shape \(2, 2\), values 0 … 300"
-    ):
-        read_mask(np.array([[0, 300], [1, 2]]), "a")
-
-
-def test_components_by_hand():
-    mask = np.array(
-        [
-            [5, 5, 0, 5],
-            [0, 5, 0, 0],
-            [7, 0, 5, 255],  # the 5 touches the one above by its corner
-        ],
-        dtype=np.uint8,
-    )
-    assert components(mask).tolist() == [[1, 1, 0, 2], [0, 1, 0, 0], [3, 0, 1, 255]]

@@ -127,7 +127,7 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
         pooled.update({layer: np.array(read(layer)) for layer in layers})
         return fit_probes(read, layers, names, **more)
 
-    monkeypatch.setattr("keepsight.diagnosis.run.fit_probes", fit)
+    monkeypatch.setattr("keepsight.diagnosis.summary.fit_probes", fit)
     hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True)
     result = diagnose(
         model,

@@ -107,7 +107,7 @@ def test_probes_find_the_colour_and_the_default_sample_agrees(result, world, par
 
 
 def test_sample_of_tokens_is_near_all_of_them(world, parts, result, monkeypatch):
-    monkeypatch.setattr("keepsight.diagnosis.run.SAMPLE", 500)
+    monkeypatch.setattr("keepsight.diagnosis.passes.SAMPLE", 500)
     sampled = diagnose(*parts, world[0], progress=False, calibration_images=24)
     row, full = (value(r, "entropy_rank", 2, "covariance") for r in (sampled, result))
     assert 400 < row.n < 600
