@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from keepsight.training.conversations import Conversation
 from keepsight.training.encode import Encoder
 from keepsight.vlm.load import LoadError, load_model, load_processor, model_folder
 from tests.tiny import llava
-from tests.tiny_processors import make_llava, make_qwen, make_tokenizer, save_llava, turns
+from tests.tiny_processors import make_internvl, make_llava, make_qwen, make_smolvlm, make_tokenizer, save_llava, turns
 
 FILM = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2}
 
@@ -72,20 +73,45 @@ def test_a_model_without_processor(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def save_qwen(folder: Path) -> None:
-    """A Qwen2.5-VL processor as its authors save it, film settings included; built here without them."""
-    make_qwen().save_pretrained(folder)
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(FILM), encoding="utf-8")
+def save_with_film(processor: Any, folder: Path, film: dict[str, Any] = FILM) -> None:
+    """A processor as its authors save it, film settings included; built here without them."""
+    processor.save_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(film), encoding="utf-8")
 
 
-def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp_path: Path) -> None:
+@pytest.fixture
+def without_torchvision() -> None:
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        pass
-    else:
-        pytest.skip("torchvision is installed: the whole processor loads")
-    save_qwen(tmp_path)
+        return
+    pytest.skip("torchvision is installed: the whole processor loads")
+
+
+@pytest.mark.usefixtures("without_torchvision")
+@pytest.mark.parametrize("make", [make_qwen, make_internvl, make_smolvlm])
+def test_families_that_take_films_too_load_for_pictures(make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", object())
+    made = make()
+    save_with_film(made, tmp_path, {"video_processor_type": type(made).__name__.replace("Processor", "VideoProcessor")})
+    loaded, picture = load_processor(tmp_path), Image.new("RGB", (32, 16))
+    prompt = made.apply_chat_template(turns([None, "what ?"]), add_generation_prompt=True)
+    ours, theirs = (one(text=[prompt], images=[[picture]], return_tensors="pt") for one in (loaded, made))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_what_else_a_family_needs_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    save_with_film(make_smolvlm(), tmp_path, {"video_processor_type": "SmolVLMVideoProcessor"})
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(LoadError, match=r"its processor cannot be loaded \(Package `num2words` is required"):
+        load_processor(tmp_path)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp_path: Path) -> None:
+    save_with_film(make_qwen(), tmp_path)
     processor = load_processor(tmp_path)
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
     encoder = Encoder(processor)
