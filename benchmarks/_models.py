@@ -10,7 +10,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from keepsight.testbed.models import load_tokenizer
+from keepsight.testbed.tokenizer import load_tokenizer
 from keepsight.vlm.assemble import assemble
 
 SHAPES = {

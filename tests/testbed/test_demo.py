@@ -5,6 +5,7 @@ from rich.console import Console
 
 from keepsight.results import RunDirectory
 from keepsight.testbed import demo
+from keepsight.testbed._inside import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_rows_of_every_layer_target_and_question(done):
     for name in ("without-pre", "with-pre"):
         rows = RunDirectory.open(out / name).read_rows()
         probes = {(row.target, row.layer) for row in rows if row.metric == "probe_accuracy" and not row.variant}
-        assert probes == {(target, layer) for target in demo.TARGETS for layer in range(9)}
+        assert probes == {(target, layer) for target in TARGETS for layer in range(9)}
         for metric in ("gap", "participation_ratio", "token_norm"):
             assert {row.layer for row in rows if row.metric == metric} == set(range(9)), metric
         answers = {row.metric for row in rows if row.metric.startswith("answer_") and not row.target}
