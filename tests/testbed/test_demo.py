@@ -55,6 +55,25 @@ def test_a_second_demo_does_not_overwrite_the_first_unasked(done):
         demo.run(out, steps=2, console=Console(file=io.StringIO()))
 
 
+def test_data_of_another_seed_are_not_used(tmp_path, monkeypatch):
+    """Up to the first training."""
+    seen = []
+
+    def train(config, *, datasets, **_):
+        seen.append([datasets["full"].source.name(i) for i in (0, 15)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", train)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(tmp_path, steps=1, seed=seed, console=Console(file=io.StringIO()))
+    assert ["5000-000000" in seen[0][0], "5001-000000" in seen[1][0]] == [True, True]
+    assert len(list((tmp_path / "data" / "images").iterdir())) == 16
+    (tmp_path / "data" / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"not the testbed's \(mine.txt\); nothing was removed"):
+        demo.run(tmp_path, steps=1, console=Console(file=io.StringIO()))
+
+
 def test_steps_out_of_range(tmp_path):
     with pytest.raises(ValueError, match="steps is 0"):
         demo.run(tmp_path / "x", steps=0, console=Console(file=io.StringIO()))

@@ -13,7 +13,7 @@ from keepsight.evaluation.vqa import text_only_prior
 from keepsight.pre import PReConfig
 from keepsight.testbed._bars import TrainingBar, progress
 from keepsight.testbed._inside import bare_questions, look_inside, print_answers
-from keepsight.testbed.folders import write_folder
+from keepsight.testbed.folders import remove_folder, write_folder
 from keepsight.testbed.models import Language, build_vlm
 from keepsight.testbed.scenes import draw_scenes
 from keepsight.training import ConversationDataset, Encoder, LlavaConversations
@@ -70,7 +70,8 @@ def run(
         The report's path.
 
     Raises:
-        FileExistsError: `out` holds a demo already, or other files.
+        FileExistsError: `out` holds a demo already, or other files where the data go.
+        ValueError: fewer than one step, or an unknown language model.
     """
     console = console or Console()
     out = Path(out)
@@ -91,8 +92,9 @@ def run(
         train_scenes = draw_scenes(_TRAIN_WORLD + seed, size.steps * size.batch)
         test_scenes = draw_scenes(_TEST_WORLD + seed, max(size.diagnosed, size.asked))
         data = out / "data"
-        if not (data / "questions.json").is_file():
-            write_folder(data, train_scenes, turns=size.turns)
+        if data.is_dir():  # of a demo that is replaced, or was stopped: perhaps of another seed or length
+            remove_folder(data)
+        write_folder(data, train_scenes, turns=size.turns)
         model, processor = build_vlm(language, seed)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         dataset = ConversationDataset(
