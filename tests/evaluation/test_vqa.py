@@ -114,8 +114,10 @@ def test_scores_exact_matches_and_leaves_the_mode(vlm, tmp_path):
     right = VqaItem(item.question, f"{said}.", image=tmp_path / "a.png", kind="x", picture="a")
     wrong = VqaItem(item.question, f"{said} extra", image=str(tmp_path / "a.png"), kind="y", picture="a")
     model.train()
+    model.model.vision_tower.eval()  # as when it is frozen
     result = answer_accuracy(model, processor, [right, wrong], max_new_tokens=3)
     assert model.training
+    assert not model.model.vision_tower.training
     model.eval()
     assert {row.target: row.value for row in result.rows} == {"": 0.5, "x": 1.0, "y": 0.0}
     assert {row.unit for row in result.rows} == {"questions"}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from keepsight.diagnosis.accumulate import Accumulator, Calibration
 from keepsight.diagnosis.batches import Decoded, Loader
@@ -17,19 +15,6 @@ from keepsight.diagnosis.progress import tracked
 from keepsight.vlm import Vlm, capture
 
 SAMPLE = 4096  # tokens of the spectrum's sample, at least; twice the width if that is more
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is back in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def measure(

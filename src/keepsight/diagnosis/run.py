@@ -12,13 +12,14 @@ from torch import nn
 from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader, render_prompt
 from keepsight.diagnosis.data import find_pictures
 from keepsight.diagnosis.examples import choose_examples
-from keepsight.diagnosis.passes import inference, measure
+from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
 from keepsight.results import fingerprint, prompt_hash, versions
 from keepsight.vlm import Vlm
+from keepsight.vlm.inference import inference
 
 
 def diagnose(

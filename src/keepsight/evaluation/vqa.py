@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.stats import binomtest
 
 from keepsight.images import open_image
 from keepsight.results import Measurement
 from keepsight.vlm.chat import special_tokens
+from keepsight.vlm.inference import inference
 
 RESAMPLES = 2000
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -114,7 +113,7 @@ def answer_accuracy(
     predictions = [""] * len(items)
     pictured = [i for i, item in enumerate(items) if item.image is not None]
     bare = [i for i, item in enumerate(items) if item.image is None]
-    with _evaluating(model):
+    with inference(model):
         for group in (pictured, bare):
             for start in range(0, len(group), batch_size):
                 chosen = group[start : start + batch_size]
@@ -171,17 +170,6 @@ def _score(metric: str, items: Sequence[VqaItem], predictions: Sequence[str]) ->
     return VqaResult(records, rows)
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@torch.no_grad()
 def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_tokens: int) -> list[str]:
     prompts, images = [], []
     for item in items:
