@@ -263,3 +263,16 @@ def test_tiles_and_thumbnail_do_not_depend_on_the_batch(batch_size: int) -> None
     result = diagnose(family.model(), family.processor(), drawn, batch_size=batch_size, layers=[2], progress=False)
     counted = {r.tokens: r.n for r in result.rows if (r.metric, r.variant) == ("token_homogeneity", "raw")}
     assert counted == {"all": 9, "without sinks": 9, "tiles": 7, "thumbnail": 7}
+
+
+def test_crops_that_are_pictures_of_their_own_are_named() -> None:
+    processor = tiny_processors.make_gemma()
+
+    class PanAndScan(type(processor)):  # type: ignore[misc]
+        def __call__(self, **inputs: Any) -> Any:
+            return super().__call__(**inputs, do_pan_and_scan=True, pan_and_scan_min_crop_size=8)
+
+    processor.__class__ = PanAndScan
+    drawn = [picture(i, 32, 16)[0] for i in range(2)]
+    with pytest.raises(ValueError, match=r"made 6 pictures of 2; the prompt .* set do_pan_and_scan=False \(Gemma 3\)"):
+        diagnose(tiny.gemma(), processor, drawn, progress=False)
