@@ -1,21 +1,18 @@
 """LLaVA-class models of random weights, with a processor, for benchmarks: no download."""
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
-    LlavaConfig,
+    LlamaForCausalLM,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
-WORDS = ["<unk>", "<s>", "</s>", "<image>", "Describe", "the", "picture", ".", "USER:", "ASSISTANT:"]
-TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:"
-)
+from keepsight.testbed.tokenizer import load_tokenizer
+from keepsight.vlm.assemble import assemble
+
 SHAPES = {
     # the testbed's size, and SmolLM2-135M with a small ViT
     "tiny": {
@@ -41,27 +38,10 @@ def build(shape: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model in evaluation mode and its processor; 64 visual tokens a picture."""
     size = SHAPES[shape]
     side, patch = size["picture"]
-    config = LlavaConfig(
-        text_config=LlamaConfig(**size["language"], vocab_size=len(WORDS), pad_token_id=2),
-        vision_config=CLIPVisionConfig(**size["vision"], image_size=side, patch_size=patch),
-        image_token_index=WORDS.index("<image>"),
+    tokenizer = load_tokenizer()
+    language = LlamaConfig(**size["language"], vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    vision = CLIPVisionConfig(**size["vision"], image_size=side, patch_size=patch)
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True
     )
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        pad_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True
-        ),
-        tokenizer=tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-    return LlavaForConditionalGeneration(config).eval(), processor
+    return assemble(CLIPVisionModel(vision), LlamaForCausalLM(language), tokenizer=tokenizer, image_processor=pictures)

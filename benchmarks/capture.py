@@ -34,11 +34,12 @@ def picture(index: int, side: int = 64) -> tuple[Image.Image, np.ndarray]:
 
 
 def overhead(shape: str, pairs: int) -> bool:
-    from keepsight.diagnosis.batches import Loader, render_prompt
+    from keepsight.diagnosis.batches import Loader
     from keepsight.diagnosis.data import find_pictures
-    from keepsight.diagnosis.run import SAMPLE, accumulate, forward, measure
+    from keepsight.diagnosis.passes import SAMPLE, accumulate, forward, measure
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
     from keepsight.vlm import Vlm
+    from keepsight.vlm.chat import render_prompt
 
     torch.manual_seed(0)
     model, processor = build(shape)

@@ -13,7 +13,7 @@ from PIL import Image
 from keepsight import cli
 from keepsight.commands import demo, diagnose
 from keepsight.results import RunDirectory
-from tests.training.models import save_model
+from tests.tiny_processors import save_llava
 from tests.training.test_conversations import entry, write
 
 
@@ -58,7 +58,7 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     pairs = (("red", "dark/0.png"), ("blue", "light/1.png"))
     rows = [entry("<image>\nwhat color ?", color, image=image) for color, image in pairs]
     write(tmp_path, *rows)
-    save_model(tmp_path / "start")
+    save_llava(tmp_path / "start")
     recipe = {
         "model": {"path": str(tmp_path / "start")},
         "data": {"conversations": str(tmp_path / "data.json"), "image_folder": str(labelled)},
@@ -122,7 +122,7 @@ def test_errors_that_the_user_can_mend(tmp_path: Path, labelled: Path, capsys) -
     assert "out is not given; give it with --out DIR" in fails(["diagnose", "m", images], capsys)
     assert "layers is 'some'" in fails(["diagnose", "m", images, out, "--layers=some"], capsys)
     assert "the model './none' does not exist" in fails(["diagnose", "./none", images, out], capsys)
-    model = str(save_model(tmp_path / "model"))
+    model = str(save_llava(tmp_path / "model"))
     assert "image folder" in fails(["diagnose", model, f"--images={tmp_path / 'none'}", out], capsys)
     assert "9" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
     assert not (tmp_path / "out").exists()

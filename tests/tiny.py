@@ -64,17 +64,22 @@ def pixels(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def llava_clip_llama(seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def llava(side: int = 16, patch: int = 4, seed: int = 0) -> Any:
+    """CLIP with a CLS token, and Llama; pictures of `side` × `side` pixels, a token for each `patch` × `patch`."""
     config = LlavaConfig(
         text_config=LlamaConfig(**TEXT),
-        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+        vision_config=CLIPVisionConfig(**{**VISION, "image_size": side, "patch_size": patch}, projection_dim=32),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
+    return build(config, seed)
+
+
+def llava_clip_llama(seed: int = 0) -> tuple[Any, dict[str, Any]]:
     one = [IMAGE] * 16
     batch = sequences([1, 5, *one, *one, 6, 7, 8], [1, *one, 9, 10])  # the first two pictures are adjacent
-    return build(config, seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
+    return llava(seed=seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
 
 
 def llava_siglip_qwen2(seed: int = 0) -> tuple[Any, dict[str, Any]]:
@@ -144,22 +149,27 @@ def internvl(seed: int = 0) -> tuple[Any, dict[str, Any]]:
     return build(config, seed), {**batch, "pixel_values": pixels(5, 3, 16, 16, seed=seed)}
 
 
-def gemma3(seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def gemma(patch: int = 4, tokens: int = 4, seed: int = 0) -> Any:
+    """SigLIP, whose patches are averaged to `tokens` a picture, and Gemma 3."""
     config = Gemma3Config(
         text_config={**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8},
-        vision_config={**VISION, "model_type": "siglip_vision_model"},
-        mm_tokens_per_image=4,
+        vision_config={**VISION, "patch_size": patch, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=tokens,
         image_token_index=IMAGE,
         boi_token_index=OPEN,
         eoi_token_index=CLOSE,
     )
-    one = [OPEN, *[IMAGE] * 4, CLOSE]
-    batch = sequences([1, *one, 5, *one, 6, 7, 8], [1, *one, 9, 10])
-    batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
     model = build(config, seed)
     # transformers starts this weight at zero, which would make every visual token the same.
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
-    return model, {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
+    return model
+
+
+def gemma3(seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    one = [OPEN, *[IMAGE] * 4, CLOSE]
+    batch = sequences([1, *one, 5, *one, 6, 7, 8], [1, *one, 9, 10])
+    batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
+    return gemma(seed=seed), {**batch, "pixel_values": pixels(3, 3, 16, 16, seed=seed)}
 
 
 def smolvlm(seed: int = 0) -> tuple[Any, dict[str, Any]]:

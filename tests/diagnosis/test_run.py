@@ -7,12 +7,10 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from keepsight.diagnosis import Diagnosis, diagnose
-from keepsight.diagnosis.batches import render_prompt
 from keepsight.diagnosis.data import find_pictures
 from keepsight.results import RunDirectory
-from keepsight.vlm import Vlm, capture
 from tests.diagnosis.test_structure import pairwise
-from tests.diagnosis.world import LAYERS, TOKENS, WIDTH, picture, tiny_llava, write_world
+from tests.diagnosis.world import LAYERS, TOKENS, WIDTH, picture, states_alone, tiny_llava, write_world
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +31,7 @@ def result(world, parts) -> Diagnosis:
 @pytest.fixture(scope="module")
 def states(world, parts) -> torch.Tensor:
     """[L + 1, n, N, d] of every picture, each alone, with the whole prompt."""
-    model, processor = parts
-    vlm, prompt = Vlm(model), render_prompt(processor, "Describe the picture.")
-    found = []
-    for item in find_pictures(world[0]).items:
-        inputs = processor(images=[item.open()[0]], text=[prompt], return_tensors="pt")
-        with torch.no_grad(), capture(vlm, range(LAYERS + 1)) as taken:
-            model(**inputs)
-        found.append(torch.stack([taken.states[layer] for layer in range(LAYERS + 1)]))
-    return torch.stack(found, dim=1)
+    return torch.stack([states_alone(*parts, item.open()[0]) for item in find_pictures(world[0]).items], dim=1)
 
 
 def value(result: Diagnosis, metric: str, layer: int | None = None, variant: str = "", tokens: str = "all"):
@@ -117,7 +107,7 @@ def test_probes_find_the_colour_and_the_default_sample_agrees(result, world, par
 
 
 def test_sample_of_tokens_is_near_all_of_them(world, parts, result, monkeypatch):
-    monkeypatch.setattr("keepsight.diagnosis.run.SAMPLE", 500)
+    monkeypatch.setattr("keepsight.diagnosis.passes.SAMPLE", 500)
     sampled = diagnose(*parts, world[0], progress=False, calibration_images=24)
     row, full = (value(r, "entropy_rank", 2, "covariance") for r in (sampled, result))
     assert 400 < row.n < 600
@@ -136,7 +126,7 @@ def test_every_layer_has_every_metric(result):
         "objects": 48,
         "skipped objects": 0,
     }
-    assert result.info["prompt"] == "USER: <image> Describe the picture. ASSISTANT:"
+    assert result.info["prompt"] == "<bos>USER: <image> Describe the picture.\nASSISTANT:"
     assert len(result.info["prompt_sha256"]) == 64
 
 

@@ -3,78 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from keepsight.diagnosis import DEFAULT_PROMPT
+from tests.tiny import IMAGE, TEXT, llava
+from tests.tiny_processors import make_llava
 
 SIDE, PATCH = 32, 4
 TOKENS = (SIDE // PATCH) ** 2
-LAYERS, WIDTH = 4, 32
-WORDS = ["<unk>", "<s>", "</s>", "<image>", "Describe", "the", "picture", ".", "USER", "ASSISTANT", ":"]
+LAYERS, WIDTH = TEXT["num_hidden_layers"], TEXT["hidden_size"]
 COLOURS = {"blue": (40, 60, 220), "green": (30, 190, 60), "red": (220, 40, 40)}
-TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:"
-)
 
 
 def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    config = LlavaConfig(
-        text_config=LlamaConfig(
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(WORDS),
-            pad_token_id=2,
-        ),
-        vision_config=CLIPVisionConfig(
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            projection_dim=16,
-        ),
-        image_token_index=WORDS.index("<image>"),
+    return llava(SIDE, PATCH, seed), make_llava(side=SIDE, patch=PATCH)
+
+
+def states_alone(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
+    """[L + 1, N, d] of one picture with the whole prompt, by transformers' own means."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": DEFAULT_PROMPT}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_convert_rgb=True
-    )
-    processor = LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-    return model, processor
+    last = []
+    # transformers' last hidden state is the one after the norm.
+    hook = model.get_decoder().norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+    hook.remove()
+    visual = inputs["input_ids"][0] == IMAGE
+    return torch.stack([*(state[0, visual] for state in hidden[:-1]), last[0][0, visual]])
 
 
 def picture(colour: str, seed: int) -> tuple[Image.Image, np.ndarray]:

@@ -7,6 +7,8 @@ from keepsight.evaluation.vqa import VqaItem, answer_accuracy, interval, normali
 from keepsight.testbed import models
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.scenes import draw_scenes
+from tests.tiny import llava
+from tests.tiny_processors import make_llava
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +114,10 @@ def test_scores_exact_matches_and_leaves_the_mode(vlm, tmp_path):
     right = VqaItem(item.question, f"{said}.", image=tmp_path / "a.png", kind="x", picture="a")
     wrong = VqaItem(item.question, f"{said} extra", image=str(tmp_path / "a.png"), kind="y", picture="a")
     model.train()
+    model.model.vision_tower.eval()  # as when it is frozen
     result = answer_accuracy(model, processor, [right, wrong], max_new_tokens=3)
     assert model.training
+    assert not model.model.vision_tower.training
     model.eval()
     assert {row.target: row.value for row in result.rows} == {"": 0.5, "x": 1.0, "y": 0.0}
     assert {row.unit for row in result.rows} == {"questions"}
@@ -137,3 +141,13 @@ def test_errors_say_what_is_wrong(vlm):
         answer_accuracy(model, processor, [item], batch_size=0)
     with pytest.raises(ValueError, match="got 0 and 1"):
         text_only_prior([], [item])
+
+
+def test_bos_is_not_doubled():
+    """Template and tokenizer both write one."""
+    model, seen = llava(patch=8), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["input_ids"]), with_kwargs=True
+    )
+    answer_accuracy(model, make_llava(), [VqaItem("what color ?", "red", Image.new("RGB", (16, 16)))], max_new_tokens=1)
+    assert [row.tolist() for row in seen[0]] == [[1, 7, 99, 99, 99, 99, 9, 10, 14, 4, 8]]

@@ -1,7 +1,5 @@
 """An external encoder as the anchor: its own pixels, its features where the visual tokens look."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,10 @@ from transformers import AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
 import keepsight
 from keepsight.pre import DeadLossError
 from keepsight.pre.external import PIXELS, POINTS, ExternalEncoder
+from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.geometry import token_centres
-from tests.tiny import IMAGE, llava_clip_llama
-from tests.vlm.test_geometry import SQUARE, TILED, silenced
+from tests.tiny import IMAGE, llava_clip_llama, smolvlm
+from tests.tiny_processors import make_llava, make_smolvlm
 
 MEAN, DEVIATION = [0.2, 0.4, 0.6], [0.5, 0.25, 0.125]  # nobody else's
 SIDE, PATCH, WIDTH = 12, 3, 24
@@ -35,17 +34,20 @@ def dino(tmp_path_factory):
     return folder
 
 
+LLAVA = make_llava(side=16, patch=4)
+
+
+def centres_of(processor, model, width: int, height: int) -> torch.Tensor:
+    return token_centres(processor, keepsight.vlm.Vlm(model), width, height, render_prompt(processor, ""))
+
+
 def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def processor_of(family: str) -> SimpleNamespace:
-    return SimpleNamespace(image_processor={**TILED, **SQUARE}[family].image_processor)
-
-
 def test_centres_of_a_plain_square_grid():
     model, _ = llava_clip_llama()
-    centres = token_centres(processor_of("llava-clip-llama"), keepsight.vlm.Vlm(model), 16, 16)
+    centres = centres_of(LLAVA, model, 16, 16)
     grid = (torch.arange(4) + 0.5) / 4
     expected = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1).view(16, 2)
     assert torch.allclose(centres, expected, atol=0.01)
@@ -53,17 +55,15 @@ def test_centres_of_a_plain_square_grid():
 
 def test_centres_follow_the_crop():
     model, _ = llava_clip_llama()
-    centres = token_centres(processor_of("llava-clip-llama"), keepsight.vlm.Vlm(model), 32, 16)
+    centres = centres_of(LLAVA, model, 32, 16)
     grid = (torch.arange(4) + 0.5) / 4  # the crop keeps the middle half of the width
     expected = torch.stack(torch.meshgrid(0.25 + grid / 2, grid, indexing="xy"), dim=-1).view(16, 2)
     assert torch.allclose(centres, expected, atol=0.01)
 
 
 def test_centres_of_tiles_and_their_thumbnail():
-    vlm = silenced("smolvlm")
-    centres = token_centres(
-        SimpleNamespace(image_processor=TILED["smolvlm"].image_processor), vlm, 32, 16
-    )  # two tiles side by side, 2 × 2 tokens each, then the whole
+    model, _ = smolvlm()
+    centres = centres_of(make_smolvlm(), model, 32, 16)  # two tiles side by side, 2 × 2 tokens each, then the whole
     x, y = centres[:, 0].view(3, 2, 2), centres[:, 1].view(3, 2, 2)
     assert x[0, 0].tolist() == pytest.approx([0.125, 0.375], abs=0.01)
     assert x[1, 0].tolist() == pytest.approx([0.625, 0.875], abs=0.01)
@@ -75,7 +75,7 @@ def test_pixels_are_the_encoders_own(dino):
     external = ExternalEncoder(str(dino))
     model, _ = llava_clip_llama()
     image = picture(0, SIDE, SIDE)
-    batch = external.prepare([image], processor_of("llava-clip-llama"), keepsight.vlm.Vlm(model))
+    batch = external.prepare([image], LLAVA, keepsight.vlm.Vlm(model))
     expected = (np.asarray(image) / 255 - MEAN) / DEVIATION
     assert torch.allclose(batch[PIXELS][0], torch.tensor(expected).permute(2, 0, 1).float(), atol=1e-5)
     assert batch[POINTS].shape == (16, 2)
@@ -87,7 +87,7 @@ def test_loss_is_the_cosine_to_the_features_at_the_same_place(dino):
     model.train()
     handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino), weight=1.0))
     images = [picture(i) for i in range(3)]
-    extra = handle.prepare(images, processor_of("llava-clip-llama"))
+    extra = handle.prepare(images, LLAVA)
     out = model(**batch, **extra, output_hidden_states=True)
     plain = AutoModel.from_pretrained(dino).eval()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_pictures_that_do_not_fit_or_are_missing(dino):
     handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino)))
     with pytest.raises(ValueError, match=r"needs the pictures themselves: add `batch \|= handle.prepare"):
         model(**batch)
-    extra = handle.prepare([picture(0)], processor_of("llava-clip-llama"))
+    extra = handle.prepare([picture(0)], LLAVA)
     with pytest.raises(ValueError, match="holds 3 pictures with 48 visual tokens, but 1 pictures with 16"):
         model(**batch, **extra)
     ids = torch.tensor([[1, 5, 6]])

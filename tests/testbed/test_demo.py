@@ -5,6 +5,7 @@ from rich.console import Console
 
 from keepsight.results import RunDirectory
 from keepsight.testbed import demo
+from keepsight.testbed._inside import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_rows_of_every_layer_target_and_question(done):
     for name in ("without-pre", "with-pre"):
         rows = RunDirectory.open(out / name).read_rows()
         probes = {(row.target, row.layer) for row in rows if row.metric == "probe_accuracy" and not row.variant}
-        assert probes == {(target, layer) for target in demo.TARGETS for layer in range(9)}
+        assert probes == {(target, layer) for target in TARGETS for layer in range(9)}
         for metric in ("gap", "participation_ratio", "token_norm"):
             assert {row.layer for row in rows if row.metric == metric} == set(range(9)), metric
         answers = {row.metric for row in rows if row.metric.startswith("answer_") and not row.target}
@@ -52,6 +53,25 @@ def test_a_second_demo_does_not_overwrite_the_first_unasked(done):
     out, _, _ = done
     with pytest.raises(FileExistsError, match="holds a demo already"):
         demo.run(out, steps=2, console=Console(file=io.StringIO()))
+
+
+def test_data_of_another_seed_are_not_used(tmp_path, monkeypatch):
+    """Up to the first training."""
+    seen = []
+
+    def train(config, *, datasets, **_):
+        seen.append([datasets["full"].source.name(i) for i in (0, 15)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", train)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(tmp_path, steps=1, seed=seed, console=Console(file=io.StringIO()))
+    assert ["5000-000000" in seen[0][0], "5001-000000" in seen[1][0]] == [True, True]
+    assert len(list((tmp_path / "data" / "images").iterdir())) == 16
+    (tmp_path / "data" / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"not the testbed's \(mine.txt\); nothing was removed"):
+        demo.run(tmp_path, steps=1, console=Console(file=io.StringIO()))
 
 
 def test_steps_out_of_range(tmp_path):

@@ -3,8 +3,8 @@ from collections import Counter
 
 from keepsight.testbed import scenes as world
 from keepsight.testbed.language import CAPTION_REQUEST, QUESTION_TYPES, caption, questions, words
-from keepsight.testbed.models import load_tokenizer
 from keepsight.testbed.scenes import Scene, SceneObject, draw_scene, draw_scenes
+from keepsight.testbed.tokenizer import load_tokenizer
 
 SCENES = draw_scenes(21, 400)
 

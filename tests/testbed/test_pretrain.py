@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from keepsight.testbed import _text, models, pretrain
+from keepsight.testbed._deepen import deepened
 from keepsight.testbed._loop import Schedule, train
 from keepsight.testbed._text import dialogue, encode, text_loss
 from keepsight.testbed._vision import patch_objects
@@ -161,7 +162,7 @@ def test_later_layers_start_by_looking_at_their_own_kind():
 
 def test_a_deepened_model_computes_what_the_short_one_does():
     short = models.new_language_model("llama", 3, layers=3)
-    deep = models.deepened(short, 4)
+    deep = deepened(short, 4)
     assert deep.config.num_hidden_layers == 8
     ids = torch.randint(7, len(models.vocabulary()), (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

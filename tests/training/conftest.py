@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from transformers import LlavaProcessor
 
-from tests.training.processors import make_llava
+from tests.tiny_processors import make_llava
 
 
 @pytest.fixture

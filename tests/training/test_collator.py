@@ -9,7 +9,7 @@ from PIL import Image
 from keepsight.training.collator import Collator
 from keepsight.training.conversations import Conversation
 from keepsight.training.encode import Encoded, Encoder
-from tests.training.processors import make_gemma, make_llava, make_llava_next, turns
+from tests.tiny_processors import make_gemma, make_llava, make_llava_next, turns
 
 RED, WIDE = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (48, 16), "blue")
 SAMPLES = [
@@ -77,5 +77,5 @@ def test_refuses_a_side_or_a_padding_token_that_cannot_be(llava) -> None:
     with pytest.raises(ValueError, match="padding_side is 'both'; allowed: 'right', 'left'"):
         Collator(llava, padding_side="both")
     llava.tokenizer.pad_token = "<image>"
-    with pytest.raises(ValueError, match=r"padding token '<image>' \(id 24\) is the image token"):
+    with pytest.raises(ValueError, match=r"padding token '<image>' \(id 99\) is the image token"):
         Collator(llava)

@@ -189,7 +189,7 @@ def test_trainer_settings_that_clash_or_do_not_exist() -> None:
 
 
 def test_transformers_refusal_names_the_stage(tmp_path: Path) -> None:
-    found = config(out=str(tmp_path), trainer={"use_cpu": True, "save_strategy": "sometimes"})
+    found = config(out=str(tmp_path), trainer={"use_cpu": True, "eval_strategy": "sometimes"})
     with pytest.raises(ValueError, match=r"transformers refuses the trainer settings of stage 'full': .*sometimes"):
         training_arguments(found, "full", found.full)
 
@@ -234,3 +234,17 @@ def test_help_is_fast() -> None:
     code = "import sys; from keepsight.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'jsonargparse'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=dict(os.environ))
+
+
+@pytest.mark.parametrize(("save", "logging", "expected"), [(500, 10, 500), (500, 7, 504), (3, 5, 5)])
+def test_checkpoints_fall_on_logged_steps(tmp_path, save, logging, expected):
+    found = config(out=str(tmp_path), save_steps=save, trainer={"use_cpu": True, "logging_steps": logging})
+    assert training_arguments(found, "full", found.full).save_steps == expected
+
+
+def test_checkpoints_need_logged_steps(tmp_path):
+    found = config(out=str(tmp_path), trainer={"use_cpu": True, "logging_strategy": "epoch"})
+    with pytest.raises(ValueError, match="must fall on logged steps"):
+        training_arguments(found, "full", found.full)
+    without = config(out=str(tmp_path), save_steps=None, trainer={"use_cpu": True, "logging_strategy": "epoch"})
+    assert training_arguments(without, "full", without.full).save_strategy == "no"

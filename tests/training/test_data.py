@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from keepsight.images import ImageError
 from keepsight.training.collator import Collator
 from keepsight.training.conversations import ConversationError
 from keepsight.training.data import ConversationDataset
 from keepsight.training.encode import CutError, Encoder
-from keepsight.training.images import ImageError
 from keepsight.training.llava_json import LlavaConversations
 from tests.training.test_conversations import entry, write
 

@@ -7,7 +7,8 @@ from PIL import Image
 from keepsight.training.conversations import Conversation, ConversationError
 from keepsight.training.encode import CutError, Encoder
 from keepsight.training.spans import TemplateError, carry_over, overlapping
-from tests.training.processors import TEMPLATE, make_gemma, make_llava, make_llava_next, turns
+from tests.tiny import IMAGE
+from tests.tiny_processors import TEMPLATE, make_gemma, make_llava, make_llava_next, turns
 
 RED = Image.new("RGB", (16, 16), "red")
 WIDE = Image.new("RGB", (48, 16), "blue")
@@ -35,7 +36,7 @@ def test_labels_of_two_turns_by_hand(llava) -> None:
         "USER: and shape ? / ASSISTANT: BLUE CIRCLE <EOS> /"
     )
     assert encoded.media["pixel_values"].shape == (1, 3, 16, 16)
-    assert encoded.sequence["labels"].tolist()[13:15] == [15, 3]  # "red" and the end of turn, counted by hand
+    assert encoded.sequence["labels"].tolist()[13:15] == [15, 2]  # "red" and the end of turn, counted by hand
 
 
 def test_text_only_has_no_picture_tensors(llava) -> None:
@@ -71,8 +72,8 @@ def test_unequal_tiles() -> None:
     processor = make_llava_next()
     encoded = Encoder(processor)(conversation(turns([None, None, "?"], ["red"]), RED, WIDE))
     labelled = encoded.sequence["labels"]
-    assert labelled[labelled != -100].tolist() == [15, 3]
-    assert int((encoded.sequence["input_ids"] == 24).sum()) > 8
+    assert labelled[labelled != -100].tolist() == [15, 2]
+    assert int((encoded.sequence["input_ids"] == IMAGE).sum()) > 8
     assert encoded.media["image_sizes"].tolist() == [[16, 16], [16, 48]]
 
 

@@ -15,9 +15,8 @@ from keepsight.training import recipe
 from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.recipe import read_curves, train
-from tests.tiny import FAMILIES
-from tests.training.models import make_model, save_model
-from tests.training.processors import make_llava
+from tests.tiny import FAMILIES, llava
+from tests.tiny_processors import make_llava, save_llava
 from tests.training.test_conversations import entry
 
 STEPS = StageConfig(batch_size=4, micro_batch_size=2, max_steps=3, lr=1e-2)
@@ -31,7 +30,7 @@ def setting(tmp_path: Path, pictures: Path) -> dict[str, Any]:
     entries += [entry("hello", "world"), entry("<image> <image>", "circle", image=["red.png", "blue.png"])]
     (tmp_path / "data.json").write_text(json.dumps(entries), encoding="utf-8")
     return {
-        "model": ModelConfig(path=str(save_model(tmp_path / "start"))),
+        "model": ModelConfig(path=str(save_llava(tmp_path / "start"))),
         "data": DataConfig(conversations=str(tmp_path / "data.json"), image_folder=str(pictures), cache_megabytes=10),
         "out": str(tmp_path / "run"),
         "projector": STEPS,
@@ -159,7 +158,7 @@ def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     for name, weight in (("a", 0.0), ("b", 0.5)):
         given = {**setting, "projector": StageConfig(enabled=False), "out": f"{setting['out']}-{name}"}
         arm = TrainConfig(**given, pre=PReConfig(weight=weight))
-        arms.append(train(arm, model=make_model(), processor=processor, datasets=datasets, callbacks=[Steps()]))
+        arms.append(train(arm, model=llava(patch=8), processor=processor, datasets=datasets, callbacks=[Steps()]))
     assert Steps.seen == [1, 2, 3] * 2
     assert len(datasets["full"]._cache) == 10
     on_disk = train(config)
@@ -220,4 +219,4 @@ def test_parts_of_every_family(family: str) -> None:
 
 def test_an_unknown_part() -> None:
     with pytest.raises(ValueError, match=r"no parameters in part 'head'; it has \['projector', 'language_model', 'enc"):
-        train_only(make_model(), ["head"])
+        train_only(llava(patch=8), ["head"])

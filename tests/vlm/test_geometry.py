@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,6 +80,13 @@ TILED = {
 }
 
 
+def pictures_only(image_processor: Any) -> Callable[..., Any]:
+    """A processor of which only the pictures matter: no text, no tokenizer."""
+    return lambda images, text, return_tensors, images_kwargs: image_processor(
+        images=[image for sample in images for image in sample], return_tensors=return_tensors, **images_kwargs
+    )
+
+
 def silenced(family: str) -> Vlm:
     """The tiny model with the vision encoder's attention output set to zero: every patch sees itself alone."""
     model, _ = FAMILIES[family]()
@@ -118,7 +124,7 @@ def planted(vlm: Vlm, case: Case, mask: np.ndarray) -> tuple[list[int], torch.Te
     before, tokens = first_states(vlm, case, grey)
     after, _ = first_states(vlm, case, odd)
     moved = (after - before).abs().amax(dim=1) > 1e-5
-    _, coverage = patch_coverage(SimpleNamespace(image_processor=case.image_processor), vlm, mask)
+    _, coverage = patch_coverage(pictures_only(case.image_processor), vlm, mask, "")
     assert coverage.shape == (1, len(before))
     return moved.nonzero().flatten().tolist(), coverage[0], tokens
 
@@ -200,7 +206,7 @@ def test_many_objects_ignored_values_and_shares_by_hand():
     mask[4:8, 0:1] = 9  # a quarter of patch 4
     mask[4:8, 4:8] = 12  # patch 5
     mask[12:16, 12:16] = 255
-    objects, coverage = patch_coverage(SimpleNamespace(image_processor=case.image_processor), vlm, mask)
+    objects, coverage = patch_coverage(pictures_only(case.image_processor), vlm, mask, "")
     assert objects == [3, 7, 9, 12]
     expected = torch.zeros(4, 16)
     expected[0, 1], expected[1, 0], expected[2, 4], expected[3, 5] = 1.0, 0.5, 0.25, 1.0
@@ -219,11 +225,11 @@ def test_padding_is_no_object():
             return {"pixel_values": torch.tensor(array / 127.5 - 1).permute(2, 0, 1)[None]}
 
     mask = np.full((16, 8), 1, np.uint8)
-    _, coverage = patch_coverage(SimpleNamespace(image_processor=Padding()), vlm, mask)
+    _, coverage = patch_coverage(pictures_only(Padding()), vlm, mask, "")
     assert coverage.view(4, 4).tolist() == [[1.0, 1.0, 0.0, 0.0]] * 4
 
 
 def test_masks_of_another_kind_are_an_error():
     vlm, case = silenced("llava-clip-llama"), SQUARE["llava-clip-llama"]
     with pytest.raises(ValueError, match=r"got shape \(4, 4, 3\), uint8"):
-        patch_coverage(SimpleNamespace(image_processor=case.image_processor), vlm, np.zeros((4, 4, 3), np.uint8))
+        patch_coverage(pictures_only(case.image_processor), vlm, np.zeros((4, 4, 3), np.uint8), "")

@@ -2,26 +2,25 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from transformers import BertConfig, LlamaConfig
 
 from keepsight.training.conversations import Conversation
 from keepsight.training.encode import Encoder
 from keepsight.vlm.load import LoadError, load_model, load_processor, model_folder
-from tests.training.models import make_model, save_model
-from tests.training.processors import TEMPLATE, make_llava, make_tokenizer, turns
+from tests.tiny import llava
+from tests.tiny_processors import make_internvl, make_llava, make_qwen, make_smolvlm, make_tokenizer, save_llava, turns
 
 FILM = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2}
 
 
 def test_loads_what_was_saved(tmp_path: Path) -> None:
-    model, processor = load_model(save_model(tmp_path))
-    expected = make_model().state_dict()
+    model, processor = load_model(save_llava(tmp_path))
+    expected = llava(patch=8).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not model.training
     assert type(processor).__name__ == "LlavaProcessor"
@@ -30,7 +29,7 @@ def test_loads_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_a_training_runs_folder_stands_for_its_model(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
+    save_llava(tmp_path / "model")
     assert model_folder(tmp_path) == str(tmp_path / "model")
     assert model_folder(tmp_path / "model") == str(tmp_path / "model")
 
@@ -58,15 +57,15 @@ def test_what_is_no_image_text_model(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
-    save_model(tmp_path)
+    save_llava(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    torch.save(make_model().state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(llava(patch=8).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(LoadError, match="no safetensors weights"):
         load_model(tmp_path)
 
 
 def test_a_model_without_processor(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path)
+    llava(patch=8).save_pretrained(tmp_path)
     with pytest.raises(LoadError, match="processor"):
         load_model(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -74,35 +73,45 @@ def test_a_model_without_processor(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def save_qwen(folder: Path) -> None:
-    """A Qwen2.5-VL processor as its authors save it, film settings included; built here without them."""
-    tokenizer = make_tokenizer()
-    tokens = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    body = {
-        "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
-        "video_processor": SimpleNamespace(num_frames=None, fps=None),
-    }
-    family = transformers.Qwen2_5_VLProcessor
-    processor = type(family.__name__, (family,), body)(
-        image_processor=transformers.Qwen2VLImageProcessorPil(
-            patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096
-        ),
-        tokenizer=tokenizer,
-        chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    )
+def save_with_film(processor: Any, folder: Path, film: dict[str, Any] = FILM) -> None:
+    """A processor as its authors save it, film settings included; built here without them."""
     processor.save_pretrained(folder)
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(FILM), encoding="utf-8")
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(film), encoding="utf-8")
 
 
-def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp_path: Path) -> None:
+@pytest.fixture
+def without_torchvision() -> None:
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        pass
-    else:
-        pytest.skip("torchvision is installed: the whole processor loads")
-    save_qwen(tmp_path)
+        return
+    pytest.skip("torchvision is installed: the whole processor loads")
+
+
+@pytest.mark.usefixtures("without_torchvision")
+@pytest.mark.parametrize("make", [make_qwen, make_internvl, make_smolvlm])
+def test_families_that_take_films_too_load_for_pictures(make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", object())
+    made = make()
+    save_with_film(made, tmp_path, {"video_processor_type": type(made).__name__.replace("Processor", "VideoProcessor")})
+    loaded, picture = load_processor(tmp_path), Image.new("RGB", (32, 16))
+    prompt = made.apply_chat_template(turns([None, "what ?"]), add_generation_prompt=True)
+    ours, theirs = (one(text=[prompt], images=[[picture]], return_tensors="pt") for one in (loaded, made))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_what_else_a_family_needs_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    save_with_film(make_smolvlm(), tmp_path, {"video_processor_type": "SmolVLMVideoProcessor"})
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(LoadError, match=r"its processor cannot be loaded \(Package `num2words` is required"):
+        load_processor(tmp_path)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp_path: Path) -> None:
+    save_with_film(make_qwen(), tmp_path)
     processor = load_processor(tmp_path)
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
     encoder = Encoder(processor)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from keepsight.settings import add_fields, build, normalise
 from keepsight.training.config import TrainConfig
@@ -12,20 +12,29 @@ from keepsight.training.config import TrainConfig
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The run's configuration: the recipe, then the flags that override it."""
+    return build(TrainConfig, read(arguments))
+
+
+def read(arguments: Sequence[str]) -> Namespace:
+    """The values of all flags."""
     parser = ArgumentParser(
         prog="keepsight train",
-        usage="keepsight train RECIPE.yaml [--pre.layer 16] [--FIELD VALUE …] [--print-config]",
+        usage="keepsight train RECIPE.yaml [--pre.layer 16] [--FIELD VALUE …] [--resume] [--print-config]",
         description="Train in two stages, LLaVA's: the projector, then the projector with the language model. "
         "Any field of the recipe is a flag. --pre.weight 0 trains without PRe.",
     )
     parser.add_argument("--config", action="config", help="The recipe, also as the first argument.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Go on where the run in --out stopped; start it where there is none."
+    )
     add_fields(parser, TrainConfig)
-    return build(TrainConfig, parser.parse_args(normalise(arguments or ["--help"], TrainConfig)))
+    return parser.parse_args(normalise(arguments or ["--help"], TrainConfig))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train, and say where the model lies and what was left out."""
-    config = parse(arguments)
+    values = read(arguments)
+    config = build(TrainConfig, values)
     if find_spec("accelerate") is None:
         raise ImportError('training needs extra packages: pip install "keepsight[train]"')
     from keepsight.commands.console import console, quiet
@@ -33,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     quiet()
     from keepsight.training.recipe import MODEL, read_curves, train
 
-    run = train(config)
+    run = train(config, resume=values.resume)
     for name in config.stages():
         console.print(f"stage {name}: {_last(read_curves(run.path), name)}")
     for what, count in run.info["counts"].items():

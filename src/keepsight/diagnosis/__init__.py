@@ -1,6 +1,7 @@
 """What the visual tokens of every layer still hold: probes, patch structure, spectrum, in one forward pass."""
 
 from keepsight.diagnosis.batches import DEFAULT_PROMPT
-from keepsight.diagnosis.run import Diagnosis, diagnose
+from keepsight.diagnosis.result import Diagnosis
+from keepsight.diagnosis.run import diagnose
 
 __all__ = ["DEFAULT_PROMPT", "Diagnosis", "diagnose"]

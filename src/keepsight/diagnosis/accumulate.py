@@ -52,8 +52,10 @@ class Batch:
     def __post_init__(self) -> None:
         everything = Groups.build(self.image, self.n_images, self.objects, self.owner)
         self.scopes = {"all": everything}
-        if bool(self.thumbnail.any()) and not bool(self.thumbnail.all()):
-            self.scopes["tiles"] = everything.keep(~self.thumbnail)
+        if bool(self.thumbnail.any()):
+            # Pictures in one piece are in neither: both numbers are of the same pictures, whatever the batch.
+            tiled = torch.bincount(self.image[self.thumbnail], minlength=self.n_images)[self.image] > 0
+            self.scopes["tiles"] = everything.keep(~self.thumbnail & tiled)
             self.scopes["thumbnail"] = everything.keep(self.thumbnail)
 
     def to(self, device: torch.device) -> Batch:

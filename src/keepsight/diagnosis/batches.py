@@ -11,28 +11,15 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Batch
-from keepsight.diagnosis.data import Picture, PictureError
+from keepsight.diagnosis.data import Picture
 from keepsight.diagnosis.spectrum import GROUPS
 from keepsight.diagnosis.structure import membership
+from keepsight.images import ImageError
 from keepsight.vlm import Vlm
+from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.geometry import patch_coverage
 
 DEFAULT_PROMPT = "Describe the picture."
-
-
-def render_prompt(processor: Any, prompt: str) -> str:
-    """The chat template with the picture first, then the text; the same for every picture.
-
-    Raises:
-        ValueError: the processor has no chat template.
-    """
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(
-            f"{type(processor).__name__} has no chat template, so the model's prompt format is unknown; set "
-            "processor.chat_template to that of the checkpoint"
-        )
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
 
 def truncate(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
@@ -81,14 +68,14 @@ class Loader:
         """The pictures with these indices; broken ones are left out when `skip_broken`.
 
         Raises:
-            PictureError: a picture cannot be read and `skip_broken` is off.
+            ImageError: a picture cannot be read and `skip_broken` is off.
         """
         for start in range(0, len(indices), self.batch_size):
             kept, images, arrays = [], [], []
             for index in indices[start : start + self.batch_size]:
                 try:
                     image, mask = self.pictures[index].open(self.split_components)
-                except PictureError:
+                except ImageError:
                     if not self.skip_broken:
                         raise
                     self.broken[index] = self.pictures[index].name
@@ -106,20 +93,22 @@ class Loader:
                 text=[self.prompt] * len(images),
                 return_tensors="pt",
                 padding=True,
+                **special_tokens(self.processor, self.prompt),
             )
         )
         tokens = self.vlm.image_tokens(inputs)
         if tokens.n_images != len(images):
             raise ValueError(
                 f"the processor made {tokens.n_images} pictures of {len(images)}; the prompt {self.prompt[:60]!r} must "
-                "hold one image placeholder"
+                "hold one image placeholder, and pictures must not be cut into crops that count as pictures of their "
+                "own: set do_pan_and_scan=False (Gemma 3)"
             )
         counts = tokens.counts().tolist()
         objects, owner, offset = [], [], 0
         total = len(tokens.image)
         for number, (mask, count) in enumerate(zip(masks, counts, strict=True)):
             if mask is not None:
-                _, coverage = patch_coverage(self.processor, self.vlm, mask)
+                _, coverage = patch_coverage(self.processor, self.vlm, mask, self.prompt)
                 if coverage.shape[1] != count:
                     raise ValueError(
                         f"the mask of '{self.pictures[indices[number]].name}' maps to {coverage.shape[1]} patches, but "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from keepsight.diagnosis.masks import components, read_mask
+from keepsight.images import inside, open_image, refuse_url
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-IGNORE = 255
-MAX_OBJECTS = 254  # what a uint8 mask can name beside background and ignore
-
-
-class PictureError(ValueError):
-    """A picture or mask that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,10 @@ class Picture:
         """The picture, upright, in RGB, and its mask [H, W] uint8 (None without one).
 
         Raises:
-            PictureError: the picture or the mask is missing, truncated or no picture.
+            ImageError: the picture or the mask is missing, truncated or no picture.
             ValueError: the mask is no index mask, or of another size than its picture.
         """
-        image = ImageOps.exif_transpose(_decode(self.source, f"image '{self.name}'")).convert("RGB")
+        image = open_image(self.source, self.name)
         if self.mask is None:
             return image, None
         mask = read_mask(self.mask, self.name)
@@ -95,7 +91,7 @@ def find_pictures(images: Any, labels: Any = None, masks: Any = None) -> Picture
 
 
 def _folder(path: str | Path, what: str) -> Path:
-    _refuse_url(str(path))
+    refuse_url(str(path))
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{what} '{path}' does not exist or is no folder; check the path")
@@ -109,7 +105,7 @@ def _walk(root: Path) -> tuple[list[Path], dict[str, list[str | None]]]:
         if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
     for path in paths:
-        _inside(root, path)
+        inside(path, root)
     nested = [len(path.parts) > 1 for path in paths]
     if any(nested) and not all(nested):
         raise ValueError(
@@ -119,22 +115,11 @@ def _walk(root: Path) -> tuple[list[Path], dict[str, list[str | None]]]:
     return paths, {"class": [path.parts[0] for path in paths]} if any(nested) else {}
 
 
-def _inside(root: Path, path: Path) -> None:
-    target = (root / path).resolve()
-    if not target.is_relative_to(root):
-        raise ValueError(f"'{path}' leads out of the folder '{root}' (to '{target}'); copy the file into the folder")
-
-
-def _refuse_url(text: str) -> None:
-    if "://" in text or text.startswith("data:"):
-        raise ValueError(f"'{text[:80]}' is a URL; pictures are read from local files only: download it first")
-
-
 def _listed(entry: Any) -> Any:
     if isinstance(entry, Image.Image):
         return entry
     if isinstance(entry, (str, os.PathLike)):
-        _refuse_url(os.fspath(entry))
+        refuse_url(os.fspath(entry))
         return Path(entry)
     raise ValueError(f"a picture is a path or a PIL image; got {type(entry).__name__}")
 
@@ -182,7 +167,7 @@ def _masks(masks: Any, names: Sequence[str], images: Any) -> list[Any]:
         for name in names:
             path = Path(name if base is not None else Path(name).name).with_suffix(".png")
             if (root / path).is_file():
-                _inside(root, path)
+                inside(path, root, "mask")
                 found.append(root / path)
             else:
                 found.append(None)
@@ -196,70 +181,6 @@ def _masks(masks: Any, names: Sequence[str], images: Any) -> list[Any]:
     if len(masks) != len(names):
         raise ValueError(f"{len(masks)} masks for {len(names)} pictures; give one (or None) for each")
     return list(masks)
-
-
-def _decode(source: Any, what: str) -> Image.Image:
-    try:
-        if callable(source):
-            source = source()
-        if isinstance(source, Path) and not source.is_file():
-            raise FileNotFoundError(f"there is no file '{source}'")
-        if not isinstance(source, Image.Image):
-            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        source.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as cause:
-        raise PictureError(
-            f"{what} cannot be read ({type(cause).__name__}: {cause}). Repair or remove it, or pass skip_broken=True "
-            "(--skip-broken) to leave such pictures out"
-        ) from cause
-    return source
-
-
-def read_mask(source: Any, name: str) -> np.ndarray:
-    """[H, W] uint8: 0 background, 255 ignore, other values objects.
-
-    Raises:
-        PictureError: it cannot be read.
-        ValueError: it is a colour picture, or holds values that uint8 does not.
-    """
-    if callable(source):
-        source = source()
-    if isinstance(source, np.ndarray):
-        array = source
-    else:
-        image = _decode(source, f"the mask of '{name}'")
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(
-                f"the mask of '{name}' is a {image.mode} picture; expected one channel (mode L or P): 0 background, "
-                "255 ignore and other values objects"
-            )
-        array = np.asarray(image)
-    if array.ndim != 2 or (array.size and (array.min() < 0 or array.max() > 255)):
-        raise ValueError(
-            f"the mask of '{name}' must be a [H, W] array of values 0 … 255; got shape {array.shape}, values "
-            f"{array.min()} … {array.max()}"
-        )
-    return array.astype(np.uint8)
-
-
-def components(mask: np.ndarray) -> np.ndarray:
-    """Connected parts (8 neighbours) of each value of a semantic mask as objects of their own, largest first.
-
-    For masks such as COCO-Stuff's, where one value covers every instance. At most 254 objects fit; smaller parts
-    beyond them become 255, ignored.
-    """
-    from scipy import ndimage
-
-    parts: list[np.ndarray] = []
-    for value in np.unique(mask):
-        if value not in (0, IGNORE):
-            labelled, count = ndimage.label(mask == value, structure=np.ones((3, 3)))
-            parts.extend(labelled == i for i in range(1, count + 1))
-    parts.sort(key=lambda part: -int(part.sum()))
-    result = np.where(mask == IGNORE, IGNORE, 0).astype(np.uint8)
-    for number, part in enumerate(parts, start=1):
-        result[part] = number if number <= MAX_OBJECTS else IGNORE
-    return result
 
 
 def _short(value: Any) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import stdtrit
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
+from keepsight.diagnosis.probe import fit_probes, probe_rows
+from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.spectrum import Estimate, spectrum
 from keepsight.results import Measurement
 
@@ -119,6 +122,47 @@ def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list
         for tokens, (n, estimates) in found.items()
         for (metric, variant), estimate in estimates.items()
     ]
+
+
+def target_rows(
+    accumulator: Accumulator,
+    labels: Mapping[str, Sequence[str | None]],
+    done: Sequence[int],
+    middle: int,
+    *,
+    seed: int,
+    progress: bool = False,
+) -> list[Measurement]:
+    """Linear probes of every label set at every layer, or one row that says why there are none.
+
+    labels: {target: one label (or None) per picture}; done: the pictures that the accumulator holds, in its order;
+    middle: the layer that `probe_drop` is about.
+    """
+    if not labels:
+        return [
+            Measurement(
+                "probe_accuracy", None, seed=seed, note="no labels: pictures in one flat folder have no classes"
+            )
+        ]
+    rows: list[Measurement] = []
+    for target, values in tracked(labels.items(), "probes", progress):
+        positions = [i for i, index in enumerate(done) if values[index] is not None]
+        names = [str(values[done[i]]) for i in positions]
+
+        def read(layer: int, positions: list[int] = positions) -> torch.Tensor:
+            return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
+
+        probe = fit_probes(read, accumulator.layers, names, seed=seed)
+        rows += probe_rows(probe, target=target, middle=middle, seed=seed)
+    return rows
+
+
+def missing_structure(accumulator: Accumulator, has_masks: bool, *, seed: int) -> list[Measurement]:
+    """A row that says why there is no patch structure, where there is none."""
+    if has_masks and accumulator.objects:
+        return []
+    why = "no object has two patches inside and one outside" if has_masks else "no masks were given"
+    return [Measurement("gap", None, variant="raw", seed=seed, note=why)]
 
 
 def _fields(estimate: Estimate) -> dict:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.stats import binomtest
 
+from keepsight.images import open_image
 from keepsight.results import Measurement
+from keepsight.vlm.chat import special_tokens
+from keepsight.vlm.inference import inference
 
 RESAMPLES = 2000
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -112,7 +113,7 @@ def answer_accuracy(
     predictions = [""] * len(items)
     pictured = [i for i, item in enumerate(items) if item.image is not None]
     bare = [i for i, item in enumerate(items) if item.image is None]
-    with _evaluating(model):
+    with inference(model):
         for group in (pictured, bare):
             for start in range(0, len(group), batch_size):
                 chosen = group[start : start + batch_size]
@@ -169,28 +170,24 @@ def _score(metric: str, items: Sequence[VqaItem], predictions: Sequence[str]) ->
     return VqaResult(records, rows)
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@torch.no_grad()
 def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_tokens: int) -> list[str]:
     prompts, images = [], []
     for item in items:
         content: list[dict[str, str]] = [{"type": "text", "text": item.question}]
         if item.image is not None:
             content.insert(0, {"type": "image"})
-            images.append(_open(item.image))
+            images.append(open_image(item.image, _name(item), "Repair it, or leave its questions out."))
         prompts.append(
             processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         )
-    batch = processor(text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
+    batch = processor(
+        text=prompts,
+        images=images or None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **special_tokens(processor, prompts[0]),
+    )
     batch = batch.to(model.device)
     # Sampling settings of the checkpoint would only raise warnings: greedy decoding has none.
     out = model.generate(
@@ -200,8 +197,5 @@ def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_toke
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
+def _name(item: VqaItem) -> str:
+    return str(item.image) if isinstance(item.image, (str, Path)) else f"of the question {item.question!r}"

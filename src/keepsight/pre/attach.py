@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
@@ -238,7 +239,7 @@ class Handle(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: a whole run without one picture is no run with PRe."""
-        if not self._alive:
+        if not self._alive_anywhere():
             raise DeadLossError(
                 "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
                 "data, or set weight=0."
@@ -249,6 +250,14 @@ class Handle(TrainerCallback):
                 f"the weights of the external anchor {external.name!r} changed during training, so its targets did "
                 "too: something trains or re-initialises it."
             )
+
+    def _alive_anywhere(self) -> bool:
+        """Whether any process proved life: one may never have had a picture."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self._alive
+        alive = torch.tensor(int(self._alive), device=self.predictors.steps.device)
+        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+        return bool(alive)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 

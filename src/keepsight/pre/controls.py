@@ -31,6 +31,8 @@ class ControlAnchor:
         """``[T, d]`` → ``[T, d]``. With several processes, "other_image" must be called by all of them."""
         if self.kind == "other_image":
             return self._other_image(anchor, tokens)
+        if not tokens.n_images:
+            return anchor
         if self.kind == "shuffled_patches":
             generator = torch.Generator().manual_seed(hash((self.seed, step, forward)) % 2**63)
             parts = anchor.split(tokens.counts().tolist())

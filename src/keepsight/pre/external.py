@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keepsight.results import fingerprint
+from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.geometry import token_centres
 from keepsight.vlm.view import Vlm
 
@@ -74,7 +75,7 @@ class ExternalEncoder:
             array = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
             pixels.append((array - self.mean) / self.deviation)
             if image.size not in self._centres:
-                self._centres[image.size] = token_centres(processor, vlm, *image.size)
+                self._centres[image.size] = token_centres(processor, vlm, *image.size, render_prompt(processor, ""))
             points.append(self._centres[image.size])
         return {PIXELS: torch.stack(pixels), POINTS: torch.cat(points)}
 

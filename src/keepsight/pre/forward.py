@@ -18,6 +18,7 @@ from keepsight.pre.head import Predictors
 from keepsight.pre.inject import connected, with_gradient_of
 from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen
+from keepsight.vlm.features import before_decoder
 from keepsight.vlm.grids import ImageTokens
 from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, unwrap
 
@@ -155,7 +156,7 @@ class ForwardPass:
         self._states[layer] = state
         if not self.inject:
             return None
-        loss = self._shares[layer] * self._loss_of(layer)
+        loss = self._loss_of([layer])
         self.loss_sum = loss.detach() + (0.0 if self.loss_sum is None else self.loss_sum)
         state = with_gradient_of(state, loss * self._coefficient())
         return state if isinstance(output, torch.Tensor) else (state, *output[1:])
@@ -164,32 +165,48 @@ class ForwardPass:
         if self._tokens is None:
             return None
         if not self.inject:
-            self.loss_sum = torch.stack([share * self._loss_of(layer) for layer, share in self._shares.items()]).sum()
+            self.loss_sum = self._loss_of(self.layers)
             if dist.is_available() and dist.is_initialized():
-                output.last_hidden_state = connected(output.last_hidden_state, self.loss_sum)
+                zero = self.loss_sum if self.images else self.loss_sum + self._unused()
+                output.last_hidden_state = connected(output.last_hidden_state, zero)
         self.in_step += 1
         self._disarm()
         self._extra = {}
         return output
 
-    def _loss_of(self, layer: int) -> Tensor:
-        """Loss of one layer, summed over the pictures of this forward."""
-        tokens, state = self._tokens, self._states.get(layer)
-        assert tokens is not None
-        assert state is not None, f"decoder layer {layer} did not run"
-        head = self._predictors().heads[str(layer)]
-        target = self._target_of(layer)
-        if tokens.n_images == 0:
-            # Connected to the head, so that every process of a distributed run has the same graph.
-            self.seen[layer] = self.observers[layer].nothing(self._skipped, self._had_pixels)
-            return 0.0 * torch.stack([p.sum() for p in head.parameters()]).sum()
-        states = self._gather(state)  # [T, d]
+    def _unused(self) -> Tensor:
+        """A zero connected to what learns between pixels and decoder, which a forward without pictures leaves out.
+
+        Other processes may have had pictures, and engines that reduce gradients in groups wait for every parameter.
+        """
+        unused = [parameter for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
+        return 0.0 * torch.stack([parameter.sum().float() for parameter in unused]).sum() if unused else torch.zeros(())
+
+    def _loss_of(self, layers: list[int]) -> Tensor:
+        """Loss of these layers by their shares, summed over the pictures of this forward."""
+        missing = [layer for layer in layers if layer not in self._states]
+        assert not missing, f"decoder layers {missing} did not run"
+        states = {layer: self._gather(self._states[layer]) for layer in layers}  # [T, d]
         if self.config.observe:
-            states = states.detach()
-        prediction = head(states)
-        target = target.to(prediction.device)
+            states = {layer: state.detach() for layer, state in states.items()}
+        # One call of one module, because engines that shard parameters gather them around a module's call.
+        predictions = self._predictors()(states)
+        losses = [
+            self._shares[layer] * self._layer_loss(layer, prediction, states[layer].requires_grad)
+            for layer, prediction in predictions.items()
+        ]
+        return torch.stack(losses).sum()
+
+    def _layer_loss(self, layer: int, prediction: Tensor, reaches_model: bool) -> Tensor:
+        tokens = self._tokens
+        assert tokens is not None
+        target = self._target_of(layer).to(prediction.device)
+        if tokens.n_images == 0:
+            self.seen[layer] = self.observers[layer].nothing(self._skipped, self._had_pixels)
+            # Connected to the head, so that every process of a distributed run has the same graph.
+            return 0.0 * prediction.sum()
         self.seen[layer] = self.observers[layer].look(
-            prediction.detach(), target, tokens, skipped=self._skipped, reaches_model=states.requires_grad
+            prediction.detach(), target, tokens, skipped=self._skipped, reaches_model=reaches_model
         )
         return predictive_loss_sum(
             prediction,

@@ -80,6 +80,10 @@ class Predictors(Float32Module):
         self.teacher: Teacher | None = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
+    def forward(self, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Layer → ``[T, d]`` states, to layer → ``[T, d']`` predictions."""
+        return {layer: self.heads[str(layer)](state) for layer, state in states.items()}
+
     def statistics_of(self, target: str) -> AnchorStatistics | None:
         """The running statistics of a target, if it is normalised."""
         return dict(self.statistics.items()).get(target)  # type: ignore[return-value]

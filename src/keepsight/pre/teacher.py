@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from keepsight.pre.float32 import Float32Module
-from keepsight.vlm.features import image_features
+from keepsight.vlm.features import before_decoder, image_features
 from keepsight.vlm.view import Vlm
 
 
@@ -26,7 +25,7 @@ class Teacher(Float32Module):
         super().__init__()
         self.decay = decay
         self.names: list[str] = []
-        for name, parameter in _before_decoder(vlm):
+        for name, parameter in before_decoder(vlm):
             if parameter.requires_grad:
                 self.register_buffer(f"average_{len(self.names)}", parameter.detach().clone().float())
                 self.names.append(name)
@@ -40,14 +39,14 @@ class Teacher(Float32Module):
         """End of an optimizer step."""
         if self.decay == 1:
             return
-        averages, own = self.averages(), dict(_before_decoder(vlm))
+        averages, own = self.averages(), dict(before_decoder(vlm))
         for name, average in averages.items():
             average.lerp_(own[name].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def image_features(self, vlm: Vlm, batch: dict[str, Any]) -> Tensor:
         """``[T, d]``, what the averaged weights put at the visual positions."""
-        own = dict(_before_decoder(vlm))
+        own = dict(before_decoder(vlm))
         weights = {f"core.{name}": average.to(own[name].dtype) for name, average in self.averages().items()}
         return functional_call(_Features(vlm), weights, (batch,))
 
@@ -62,11 +61,3 @@ class _Features(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         return image_features(self._vlm[0], batch)
-
-
-def _before_decoder(vlm: Vlm) -> Iterator[tuple[str, nn.Parameter]]:
-    """The core's parameters that are not the decoder's, nor PRe's."""
-    decoder = {id(parameter) for parameter in vlm.decoder.parameters()}
-    for name, parameter in vlm.core.named_parameters():
-        if id(parameter) not in decoder and "keepsight_head" not in name:
-            yield name, parameter

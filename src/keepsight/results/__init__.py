@@ -2,10 +2,11 @@
 
 from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.provenance import command_line, fingerprint, prompt_hash, versions
-from keepsight.results.run import Example, LoadedRun, RunDirectory
+from keepsight.results.run import RUN_FILE, Example, LoadedRun, RunDirectory
 from keepsight.results.storage import StorageError, make_folder, write_file
 
 __all__ = [
+    "RUN_FILE",
     "Example",
     "LoadedRun",
     "Measurement",

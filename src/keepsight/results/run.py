@@ -176,11 +176,16 @@ class RunDirectory:
 
     def write_config(self, config: Any) -> Path:
         """Write the resolved configuration, a dataclass or a mapping, to config.yaml."""
-        plain = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
-        # Through JSON, so that tuples, paths and enums become plain values that any YAML reader takes.
-        plain = json.loads(json.dumps(plain, default=str))
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         return write_file(self.path / "config.yaml", text)
+
+    def differences(self, config: Any) -> dict[str, tuple[Any, Any]]:
+        """Where `config` is not the configuration that config.yaml holds: dotted name → (value there, value now)."""
+        file = self.path / "config.yaml"
+        there = _flat(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        now = _flat(_plain(config))
+        names = dict.fromkeys([*there, *now])
+        return {name: (there.get(name), now.get(name)) for name in names if there.get(name) != now.get(name)}
 
     def write_examples(self, examples: Iterable[Example]) -> None:
         """Write pictures and masks to examples/, in place of those that were there."""
@@ -234,6 +239,19 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         if (self.path / "examples" / "examples.json").is_file():
             shutil.rmtree(self.path / "examples")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+    # Through JSON, so that tuples, paths and enums become plain values that any YAML reader takes.
+    return json.loads(json.dumps(plain, default=str))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _check_vacant(path: Path, overwrite: bool) -> bool:

@@ -13,8 +13,9 @@ from keepsight.testbed._text import dialogue, pad
 from keepsight.testbed._vision import to_pixels
 from keepsight.testbed.drawing import render
 from keepsight.testbed.language import CAPTION_REQUEST, caption
-from keepsight.testbed.models import SIDE, vocabulary
+from keepsight.testbed.models import SIDE
 from keepsight.testbed.scenes import Scene, draw_scenes
+from keepsight.testbed.tokenizer import vocabulary
 
 SEED = 13
 IMAGE_TOKENS = " ".join(["<image>"] * SIDE * SIDE)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
-from keepsight.testbed.models import vocabulary
 from keepsight.testbed.scenes import Scene, draw_scenes
+from keepsight.testbed.tokenizer import vocabulary
 
 SEED = 12
 CONTEXT_WEIGHT = 0.1  # weight of a token of description or question against one of an answer

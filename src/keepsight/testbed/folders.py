@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from keepsight.results import write_file
 from keepsight.testbed.drawing import render
 from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
 from keepsight.testbed.scenes import ASKED, UNASKED, Scene
+
+_WRITTEN = frozenset({"images", "masks", "captions.json", "questions.json", "labels.json"})
 
 
 def _name(scene: Scene) -> str:
@@ -64,6 +67,20 @@ def write_folder(folder: str | Path, scenes: Sequence[Scene], *, turns: int = 6)
     for name, content in contents.items():
         write_file(folder / name, json.dumps(content, indent=1) + "\n")
     return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove what `write_folder` wrote.
+
+    Raises:
+        FileExistsError: the folder holds anything else; nothing is removed then.
+    """
+    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in _WRITTEN):
+        raise FileExistsError(
+            f"'{folder}' holds files that are not the testbed's ({', '.join(foreign[:3])}); nothing was removed. "
+            "Choose another folder, or move them away"
+        )
+    shutil.rmtree(folder)
 
 
 def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[VqaItem]:

@@ -1,17 +1,14 @@
 """The testbed's parts as standard transformers models: a tiny CLIP vision encoder, tiny Llama- and Qwen2-style
-language models, a word-level tokenizer and a LLaVA processor; pretrained by `keepsight.testbed.pretrain`.
+language models and a LLaVA processor; pretrained by `keepsight.testbed.pretrain`.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers import models as tokenizer_models
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
@@ -21,58 +18,21 @@ from transformers import (
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from keepsight.testbed.language import words
+from keepsight.testbed._start import start_looking_up
 from keepsight.testbed.scenes import IMAGE_SIZE
+from keepsight.testbed.tokenizer import load_tokenizer, vocabulary
 from keepsight.vlm.assemble import assemble
 
 WEIGHTS = Path(__file__).parent / "weights"
 PATCH = 8
 SIDE = IMAGE_SIZE // PATCH  # patches along one side of a picture
-SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>")
 Language = Literal["llama", "qwen2"]
 LANGUAGES: tuple[Language, ...] = ("llama", "qwen2")
 LAYERS = 8  # of a language model
-FIRST_TAUGHT = (0, 3, 6)  # of them, those that a short language model is pretrained with
-
-# `generation` marks what the assistant says, so that `return_assistant_tokens_mask` works for training.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' <|assistant|> ' }}"
-    "{% generation %}{{ message['content'] + ' ' + eos_token }}{% endgeneration %}"
-    "{% else %}{{ ' <|user|> ' + message['content'] }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ ' <|assistant|>' }}{% endif %}"
-)
-
-
-@cache
-def vocabulary() -> dict[str, int]:
-    """Word → token id, special tokens first."""
-    return {token: i for i, token in enumerate([*SPECIAL, *words()])}
-
-
-def load_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer: lower-cased, split at spaces and punctuation, with the chat template."""
-    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary(), unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="right",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens={"image_token": "<image>", "user_token": "<|user|>", "assistant_token": "<|assistant|>"},
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 def image_processor() -> CLIPImageProcessor:
@@ -132,53 +92,7 @@ def new_language_model(language: Language, seed: int, layers: int = LAYERS) -> L
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else Qwen2ForCausalLM(config)
-    _start_looking_up(model)
-    return model
-
-
-@torch.no_grad()
-def _start_looking_up(model: LlamaForCausalLM | Qwen2ForCausalLM, sharpness: float = 0.7, planes: int = 6) -> None:
-    """Attention weights from which looking things up is learned in hundreds of steps instead of many thousands.
-
-    The heads of the first layer look one, two, three and four tokens back; those of the others at tokens like their own
-    (queries and keys start equal, after mimetic initialisation, Trockman and Kolter 2023). Looking back by a fixed
-    distance needs a query and a key that do not depend on the token, so channel 0 of the embedding starts at one for
-    all; the two are apart by the angle that rotary embedding turns over that distance, in its fastest `planes` planes.
-    """
-    config, layers = model.config, model.model.layers
-    width = config.hidden_size // config.num_attention_heads
-    half = width // 2
-    assert config.rope_parameters is not None
-    base = float(config.rope_parameters["rope_theta"])  # type: ignore[arg-type]
-    angle = base ** -(torch.arange(planes) / half)  # [planes], radians a token
-    model.model.embed_tokens.weight[:, 0] = 1.0
-    query, key = layers[0].self_attn.q_proj.weight, layers[0].self_attn.k_proj.weight  # [heads · width, d]
-    query.mul_(0.3)
-    key.mul_(0.3)
-    for head in range(config.num_attention_heads):
-        rows = head * width + torch.arange(planes)
-        back = angle * (head + 1)
-        query[rows, 0], query[rows + half, 0] = sharpness, 0.0
-        key[rows, 0], key[rows + half, 0] = sharpness * back.cos(), sharpness * back.sin()
-    for layer in layers[1:]:
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-
-
-@torch.no_grad()
-def deepened(short: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
-    """A language model of all `LAYERS` that computes what `short` does: its layers become those of `FIRST_TAUGHT`, the
-    others add nothing yet. Short models learn the same in a third of the time."""
-    model = cast(LlamaForCausalLM, new_language_model("llama", seed))
-    taught = dict(zip(FIRST_TAUGHT, short.model.layers, strict=True))
-    for index, layer in enumerate(model.model.layers):
-        if index in taught:
-            layer.load_state_dict(taught[index].state_dict())
-        else:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    for name in ("embed_tokens", "norm"):
-        getattr(model.model, name).load_state_dict(getattr(short.model, name).state_dict())
-    model.lm_head.load_state_dict(short.lm_head.state_dict())
+    start_looking_up(model)
     return model
 
 

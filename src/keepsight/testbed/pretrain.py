@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from keepsight.testbed import models
 from keepsight.testbed._alignment import ProjectorTask
+from keepsight.testbed._deepen import FIRST_TAUGHT, deepened
 from keepsight.testbed._evaluate import evaluate
 from keepsight.testbed._loop import Schedule, train
 from keepsight.testbed._text import SEED as LLAMA_SCENES
@@ -63,9 +64,9 @@ def run_stage(stage: str, work: Path, out: Path) -> None:
     else:
         lm: LlamaForCausalLM | Qwen2ForCausalLM
         if stage == "llama":
-            short = models.new_language_model("llama", 3, layers=len(models.FIRST_TAUGHT))
+            short = models.new_language_model("llama", 3, layers=len(FIRST_TAUGHT))
             train(short, lambda step: text_loss(short, step, SHORT.batch, seed=SHORT_SCENES), SHORT, work / "short.pt")
-            lm, scenes = models.deepened(cast(LlamaForCausalLM, short), 4), LLAMA_SCENES
+            lm, scenes = deepened(cast(LlamaForCausalLM, short), 4), LLAMA_SCENES
         else:  # the same shapes but for the attention's biases, which start at zero
             lm, scenes = models.new_language_model("qwen2", 3), QWEN2_SCENES
             lm.load_state_dict(models.load_language_model("llama", out).state_dict(), strict=False)

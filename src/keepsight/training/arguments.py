@@ -32,6 +32,9 @@ OWNED = {
 }
 
 
+STAGES = "stages"  # the folder of a run that holds what `Trainer` saves
+
+
 def check_trainer_settings(settings: dict[str, Any]) -> None:
     """Refuse names that `TrainingArguments` does not have, and those that the recipe's own fields decide.
 
@@ -76,7 +79,7 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
     }
     try:
         return TrainingArguments(
-            output_dir=str(Path(config.out) / "stages" / name),
+            output_dir=str(Path(config.out) / STAGES / name),
             seed=config.seed,
             learning_rate=stage.lr,
             per_device_train_batch_size=micro,
@@ -87,9 +90,27 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
             lr_scheduler_type=stage.lr_scheduler,
             weight_decay=stage.weight_decay,
             save_strategy="no" if config.save_steps is None else "steps",
-            save_steps=config.save_steps or 500,
+            save_steps=_on_logged_steps(config.save_steps, settings),
             remove_unused_columns=False,
             **settings,
         )
     except (ValueError, TypeError) as cause:
         raise ValueError(f"transformers refuses the trainer settings of stage '{name}': {cause}") from cause
+
+
+def _on_logged_steps(save_steps: int | None, settings: dict[str, Any]) -> int:
+    """`save_steps` rounded up to a logged step: between two logs `Trainer` holds sums that no checkpoint has.
+
+    Raises:
+        ValueError: for logging that is not every so many steps.
+    """
+    logging = settings["logging_steps"]
+    if save_steps is None:
+        return 500  # not used
+    if settings.get("logging_strategy", "steps") != "steps" or logging < 1 or logging != int(logging):
+        raise ValueError(
+            f"trainer.logging_strategy is {settings.get('logging_strategy', 'steps')!r} and trainer.logging_steps "
+            f"{logging}, with save_steps {save_steps}: checkpoints must fall on logged steps, or a resumed run's "
+            "curves would differ. Log every so many whole steps, or set save_steps to null for no checkpoints."
+        )
+    return -(-save_steps // int(logging)) * int(logging)

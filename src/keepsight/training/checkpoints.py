@@ -1,9 +1,9 @@
 """Checkpoints that a run goes on from bit for bit, also when it is killed while one is being written.
 
-HF `Trainer` writes optimizer, schedule, random states and its own state. Three things are ours: weights under the names
-they have in memory (`save_pretrained` renames those of several families, and `Trainer` would read them back under the
-wrong names, silently), only of what learns (the rest comes from where it came from at first); what PRe remembers between
-steps; and a mark that is written last, without which a checkpoint does not count.
+HF `Trainer` writes optimizer, schedule, random states and its own state. Three things are ours: weights, under the
+names they have in memory (`save_pretrained` renames those of several families, and `Trainer` would read them back under
+the wrong names, silently) and only of what learns (the rest comes from where it came from at first); what PRe remembers
+between steps; and a mark that is written last, without which a checkpoint does not count.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
     unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
     if unknown:
         raise CheckpointError(
-            f"checkpoint '{folder}' holds {unknown[:3]} ({len(unknown)} in all), which this model does not have: it was "
-            "written by another recipe. Give the recipe of the run, or another --out."
+            f"checkpoint '{folder}' holds {unknown[:3]} ({len(unknown)} in all), which this model does not have: it "
+            "was written by another recipe. Give the recipe of the run, or another --out."
         )
     return set(state)
 
@@ -79,13 +79,8 @@ class Checkpoints(TrainerCallback):
 
 
 def latest(stage: Path) -> Path | None:
-    """The newest whole checkpoint of a stage's folder; halves are removed."""
-    whole = []
-    for folder in stage.glob("checkpoint-*"):
-        if _is_whole(folder):
-            whole.append(folder)
-        else:
-            shutil.rmtree(folder)
+    """The newest whole checkpoint of a stage's folder."""
+    whole = [folder for folder in stage.glob("checkpoint-*") if _is_whole(folder)]
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
@@ -95,6 +90,13 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+
+
+def remove_halves(stage: Path) -> None:
+    """Delete what a killed process left of a checkpoint it was writing or removing."""
+    for folder in stage.glob("checkpoint-*"):
+        if not _is_whole(folder):
+            shutil.rmtree(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -149,8 +149,8 @@ class TrainConfig:
         label: the run's name in reports; null = the folder's name.
         seed: of data order, initialisation and dropout.
         max_length: longest sequence, picture tokens included; null = no limit. Pictures are never cut.
-        save_steps: optimizer steps between checkpoints, from which --resume goes on; a multiple of
-            trainer.logging_steps. null = none. A checkpoint is also written at the end of each stage.
+        save_steps: optimizer steps between checkpoints, from which --resume goes on (rounded up to a multiple of
+            trainer.logging_steps); one is also written at the end of each stage. null = none.
         skip_broken: leave out and count entries whose pictures cannot be read or would be cut, instead of stopping.
         trainer: further `transformers.TrainingArguments`, for both stages, such as {bf16: true}.
     """
@@ -180,12 +180,8 @@ class TrainConfig:
                     f"stage '{name}' has no data; set `data.conversations` (LLaVA JSON) or `data.dataset` "
                     f"(HuggingFace), or the stage's own `{name}.data.…`."
                 )
-        logging = self.trainer.get("logging_steps", 10)
-        if self.save_steps is not None and (self.save_steps < 1 or (logging > 1 and self.save_steps % int(logging))):
-            raise ValueError(
-                f"save_steps is {self.save_steps} and trainer.logging_steps {logging}: checkpoints must fall on logged "
-                "steps, or a resumed run's curves would differ. Choose a multiple, or null for no checkpoints."
-            )
+        if self.save_steps is not None and self.save_steps < 1:
+            raise ValueError(f"save_steps is {self.save_steps}; allowed: 1 or more, or null for no checkpoints.")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; allowed: 1 or more, or null for no limit.")
 

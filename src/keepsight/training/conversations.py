@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from keepsight.training.images import ImageError
+from keepsight.images import ImageError
 
 PLACEHOLDER = "<image>"
 SHOWN = 10  # faults written out in one error

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from keepsight.images import ImageError
 from keepsight.training.conversations import ConversationError, ConversationSource
 from keepsight.training.encode import CutError, Encoded, Encoder, Prepare
 from keepsight.training.hub_dataset import HubConversations
-from keepsight.training.images import ImageError
 from keepsight.training.llava_json import LlavaConversations
 
 INTACT, BROKEN_IMAGE, CUT_IMAGE, SHORTENED = 0, 1, 2, 3

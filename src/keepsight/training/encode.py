@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from keepsight.images import open_image
 from keepsight.training.conversations import Conversation, ConversationError
-from keepsight.training.images import open_image
 from keepsight.training.spans import TemplateError, assistant_spans, carry_over, image_markers, overlapping
+from keepsight.vlm.chat import special_tokens
 
 IGNORED = -100  # the label of tokens that the loss leaves out
 Prepare = Callable[[list[Image.Image], Any], dict[str, Tensor]]  # pictures, processor → further picture tensors
@@ -86,7 +87,7 @@ class Encoder:
         self._refuse_markers(conversation)
         images = [open_image(source, name) for name, source in conversation.images]
         text, spans = assistant_spans(self.processor, conversation.messages)
-        extra = self._special_tokens(text)
+        extra = special_tokens(self.processor, text)
         batch = self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra)
         ids = batch["input_ids"][0]
         plain = self.processor.tokenizer(text, return_offsets_mapping=True, **extra)
@@ -125,11 +126,6 @@ class Encoder:
                 "max_length, shorten the question, or pass --skip-broken to leave such entries out and count them."
             )
         return Encoded(kept, media, cut=length - limit)
-
-    def _special_tokens(self, text: str) -> dict[str, bool]:
-        """A template that writes the BOS itself must not get a second one from the tokenizer."""
-        bos = self.processor.tokenizer.bos_token
-        return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
 
     def _refuse_markers(self, conversation: Conversation) -> None:
         for message in conversation.messages:

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from keepsight.images import ImageError, resolve_image
 from keepsight.training.conversations import (
     Conversation,
     ConversationError,
@@ -18,7 +19,6 @@ from keepsight.training.conversations import (
     check_turns,
     split_placeholders,
 )
-from keepsight.training.images import ImageError, resolve_image
 
 
 class HubConversations:

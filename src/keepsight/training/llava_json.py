@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from keepsight.images import resolve_image
 from keepsight.training.conversations import (
     Conversation,
     ConversationError,
@@ -14,7 +15,6 @@ from keepsight.training.conversations import (
     check_turns,
     split_placeholders,
 )
-from keepsight.training.images import resolve_image
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 

@@ -7,11 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from keepsight.pre import Handle, attach
-from keepsight.results import RunDirectory, fingerprint, write_file
-from keepsight.training.arguments import training_arguments
+from keepsight.results import RUN_FILE, RunDirectory, fingerprint, write_file
+from keepsight.training.arguments import STAGES, training_arguments
+from keepsight.training.checkpoints import (
+    Checkpoints,
+    latest,
+    load_weights,
+    read_memory,
+    read_state,
+    remove_halves,
+    save_weights,
+)
 from keepsight.training.collator import Collator
 from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from keepsight.training.conversations import ConversationSource
@@ -26,7 +36,16 @@ MODEL = "model"
 
 
 class KeepsightTrainer(PReTrainerMixin, Trainer):
-    """HF `Trainer` with PRe; everything else is `Trainer`'s."""
+    """HF `Trainer` with PRe, whose checkpoints hold what has learned, see `keepsight.training.checkpoints`."""
+
+    learned: frozenset[str] = frozenset()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        save_weights(self.pre.vlm.model, Path(output_dir), self.learned)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.pre.vlm.model, Path(resume_from_checkpoint))
 
 
 def train(
@@ -36,6 +55,7 @@ def train(
     processor: Any = None,
     datasets: Mapping[str, ConversationDataset] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
 ) -> RunDirectory:
     """Train as the configuration says and leave a plain transformers checkpoint in `<out>/model`.
 
@@ -48,15 +68,21 @@ def train(
         model, processor: instead of what `config.model` names; the model is trained in place.
         datasets: encoded data by stage, instead of what `config.data` names, so that runs can share a cache.
         callbacks: for the `Trainer` of each stage; where there are any, they report instead of its printed logs.
+        resume: go on where the run in `config.out` stopped, from its newest whole checkpoint, bit for bit as if it
+            had not (on CPU, with the same number of processes); start it where there is none.
 
     Raises:
-        ValueError: for settings or data that cannot be used; the text says which and what to do.
+        ValueError: for settings or data that cannot be used; the text says which and what to do. With `resume`, for
+            a configuration that is not the run's.
         FileExistsError: if `config.out` holds a run or other files.
         DeadLossError: if PRe would train nothing.
     """
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
     main = int(os.environ.get("RANK", "0")) == 0
-    run = _start(config) if main else None
+    resuming = resume and (Path(config.out) / RUN_FILE).is_file()
+    run = (_reopen(config) if resuming else _start(config)) if main else None
+    if run is not None and run.info.get("finished"):
+        return run
     try:
         set_seed(config.seed)
         sources = {} if datasets else _sources(config)  # before the model: cheap, and the likelier to be refused
@@ -69,14 +95,25 @@ def train(
             pass  # a layer that does not exist is refused here
         before = fingerprint(model)
     except BaseException:
-        if run is not None:
+        if run is not None and not resuming:
             _undo(run)
         raise
     handle: Handle | None = None
     curves: list[dict[str, Any]] = []
-    for name, stage in config.stages().items():
+    learned: set[str] = set()
+    for number, (name, stage) in enumerate(config.stages().items()):
         learning = train_only(model, stage.train)
         handle = _attach(model, config, stage, handle)
+        learned |= {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        checkpoint = latest(Path(config.out) / STAGES / name) if resuming else None
+        if checkpoint is not None:
+            handle.remember(read_memory(checkpoint))
+            state = read_state(checkpoint)
+            if state["global_step"] >= state["max_steps"]:
+                load_weights(model, checkpoint)
+                curves += _curves(name, state["log_history"])
+                continue
+        set_seed(config.seed + number)  # of its own, so that a stage does not hang on how the one before was run
         datasets[name].prepare_with(handle.prepare if handle.needs_pictures else None)
         trainer = KeepsightTrainer(
             model=model,
@@ -84,14 +121,15 @@ def train(
             train_dataset=datasets[name],
             data_collator=Collator(processor),
             processing_class=processor,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, Checkpoints(handle)],
         )
+        trainer.learned = frozenset(learned)
         if callbacks:
             trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            curves += [{"stage": name, **entry} for entry in trainer.state.log_history]
+            curves += _curves(name, trainer.state.log_history)
             if run is not None:
                 write_file(run.path / CURVES, "".join(json.dumps(entry) + "\n" for entry in curves))
                 counts = {**run.info["counts"], **_counts(name, learning, trainer, datasets[name])}
@@ -106,7 +144,7 @@ def train(
         described = {"name": _model_name(config.model), "before": before, "fingerprint": fingerprint(model)}
         used = any(stage.pre for stage in config.stages().values()) and config.pre.active
         run.update(model=described, depth=depth, width=width, pre_layer=layer if used else None, finished=True)
-    trainer.accelerator.wait_for_everyone()
+    PartialState().wait_for_everyone()
     return run or RunDirectory.open(config.out)
 
 
@@ -177,6 +215,30 @@ def _start(config: TrainConfig) -> RunDirectory:
     )
     run.write_config(config)
     return run
+
+
+def _reopen(config: TrainConfig) -> RunDirectory:
+    """The run to go on with.
+
+    Raises:
+        ValueError: if it was started with another configuration.
+    """
+    run = RunDirectory.open(config.out)
+    different = run.differences(config)
+    if different:
+        listed = "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(different.items())[:5])
+        raise ValueError(
+            f"'{config.out}' was started with another configuration ({listed}). Go on with the recipe and flags it was "
+            "started with (its config.yaml), or train into another folder."
+        )
+    for name in config.stages():
+        remove_halves(run.path / STAGES / name)
+    return run
+
+
+def _curves(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged, without `Trainer`'s closing line, whose times and mean know only the part after a resume."""
+    return [{"stage": stage, **entry} for entry in history if "train_runtime" not in entry]
 
 
 def _undo(run: RunDirectory) -> None:

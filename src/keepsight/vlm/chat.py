@@ -1,4 +1,4 @@
-"""The chat template of an assembled model: pictures of a turn first, then its text.
+"""The chat template of an assembled model: pictures of a turn first, then its text; and what tokenizing it asks for.
 
 A language model's own template expects `message["content"]` to be a string. A multimodal message carries a
 list of `{"type": "image"}` and `{"type": "text", "text": ...}` parts. `image_chat_template` puts a few lines
@@ -7,6 +7,8 @@ text, and leaves the rest of the template as it is (system prompt, role marks, g
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 FALLBACK = (
     "{%- for message in messages -%}"
@@ -50,3 +52,28 @@ def image_chat_template(template: str | None, image_token: str = "<image>") -> s
     already a string (with its own placeholders) passes unchanged.
     """
     return _FLATTEN.replace("IMAGE_TOKEN", image_token) + (template or FALLBACK)
+
+
+def special_tokens(processor: Any, text: str) -> dict[str, bool]:
+    """What to tell a processor that is about to tokenize `text`, written by its chat template.
+
+    A template that writes the token of the beginning itself must not get a second one from the tokenizer; the same
+    rule as in transformers' `apply_chat_template(tokenize=True)`.
+    """
+    bos = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+
+
+def render_prompt(processor: Any, prompt: str) -> str:
+    """The chat template with the picture first, then the text; the same for every picture.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so the model's prompt format is unknown; set "
+            "processor.chat_template to that of the checkpoint"
+        )
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

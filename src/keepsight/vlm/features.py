@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ def projector_of(vlm: Vlm) -> nn.Module:
         f"model family {vlm.family!r}: no projector found among {list(_PROJECTORS)} of {type(vlm.core).__name__} or "
         f"{list(_INSIDE_ENCODER)} of its encoder; use an anchor that does not need it ('pre_llm')."
     )
+
+
+def before_decoder(vlm: Vlm) -> Iterator[tuple[str, nn.Parameter]]:
+    """The core's parameters between pixels and decoder (encoder, projector), by their names in the core."""
+    decoder = {id(parameter) for parameter in vlm.decoder.parameters()}
+    for name, parameter in vlm.core.named_parameters():
+        if id(parameter) not in decoder and not name.startswith("keepsight_head."):
+            yield name, parameter
 
 
 def image_features(vlm: Vlm, batch: dict[str, Any]) -> Tensor:

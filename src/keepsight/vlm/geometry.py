@@ -15,7 +15,7 @@ from keepsight.vlm.view import Vlm
 BACKGROUND, IGNORE = 0, 255
 
 
-def patch_coverage(processor: Any, vlm: Vlm, mask: np.ndarray) -> tuple[list[int], Tensor]:
+def patch_coverage(processor: Any, vlm: Vlm, mask: np.ndarray, prompt: str) -> tuple[list[int], Tensor]:
     """Share of every visual token's pixels that each object of a picture covers.
 
     Whatever a processor does to a picture (resize, crop, padding, tiles), it does to a picture *of the mask*: three
@@ -24,9 +24,10 @@ def patch_coverage(processor: Any, vlm: Vlm, mask: np.ndarray) -> tuple[list[int
     geometry is known per family, except which pixels a token stands for. Ours.
 
     Args:
-        processor: the model's processor (its ``image_processor`` is called).
+        processor: the model's processor.
         vlm: the model.
         mask: ``[H, W]`` uint8, 0 background, 255 ignored, other values objects; of the picture's size.
+        prompt: a text with one image placeholder, as the picture itself is processed with.
 
     Returns:
         The object ids (sorted), and the coverage ``[K, N]`` in 0…1, N tokens in the order of `Vlm.image_tokens`
@@ -40,25 +41,34 @@ def patch_coverage(processor: Any, vlm: Vlm, mask: np.ndarray) -> tuple[list[int
             f"a mask must be a [H, W] array of uint8 (0 background, 255 ignored), got shape {mask.shape}, {mask.dtype}."
         )
     objects = [int(value) for value in np.unique(mask) if value not in (BACKGROUND, IGNORE)]
-    image_processor = processor.image_processor
-    black = _painted(image_processor, vlm, np.zeros((*mask.shape, 3), np.uint8))  # [N, 3]
-    span = _painted(image_processor, vlm, np.full((*mask.shape, 3), 255, np.uint8)) - black
+
+    def painted(picture: np.ndarray) -> Tensor:
+        return _painted(processor, vlm, picture, prompt)
+
+    black = painted(np.zeros((*mask.shape, 3), np.uint8))  # [N, 3]
+    span = painted(np.full((*mask.shape, 3), 255, np.uint8)) - black
     scale = span.amax(dim=0).clamp(min=1e-12)  # of a token wholly inside the picture
     rows = []
     for first in range(0, len(objects), 3):
         picture = np.zeros((*mask.shape, 3), np.uint8)
         for channel, value in enumerate(objects[first : first + 3]):
             picture[..., channel] = np.where(mask == value, 255, 0)
-        share = (_painted(image_processor, vlm, picture) - black) / scale
+        share = (painted(picture) - black) / scale
         rows.append(share.T[: len(objects) - first])
     coverage = torch.cat(rows) if rows else black.new_zeros(0, len(black))
     return objects, coverage.clamp(0.0, 1.0)
 
 
-def _painted(image_processor: Any, vlm: Vlm, picture: np.ndarray) -> Tensor:
+def _painted(processor: Any, vlm: Vlm, picture: np.ndarray, prompt: str) -> Tensor:
     """Mean processed pixel of every token, ``[N, 3]``."""
+    # The whole processor, because some tell their image processor what it would not do by itself (InternVL: to tile).
     # Bilinear, because the overshoot of bicubic and Lanczos kernels is clipped at black and white, which biases areas.
-    batch = image_processor(images=[Image.fromarray(picture)], return_tensors="pt", resample=Image.Resampling.BILINEAR)
+    batch = processor(
+        images=[[Image.fromarray(picture)]],
+        text=[prompt],
+        return_tensors="pt",
+        images_kwargs={"resample": Image.Resampling.BILINEAR},
+    )
     return token_pixels(vlm, batch)
 
 
@@ -95,18 +105,22 @@ def _first(size: Any) -> int:
     return int(size[0]) if isinstance(size, (list, tuple)) else int(size)
 
 
-def token_centres(processor: Any, vlm: Vlm, width: int, height: int) -> Tensor:
+def token_centres(processor: Any, vlm: Vlm, width: int, height: int, prompt: str) -> Tensor:
     """Where each visual token of a picture of this size looks: ``[N, 2]``, x and y from 0 to 1 across the picture.
 
     As `patch_coverage`, but with a picture whose colours are the coordinates. Of a token that is partly padding, the
     centre of its part inside the picture; of one that is nothing but padding, the picture's centre. Ours.
     """
+
+    def painted(picture: np.ndarray) -> Tensor:
+        return _painted(processor, vlm, picture, prompt)
+
     x = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
     y = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
-    black = _painted(processor.image_processor, vlm, np.zeros((height, width, 3), np.uint8))
-    span = _painted(processor.image_processor, vlm, np.full((height, width, 3), 255, np.uint8)) - black
+    black = painted(np.zeros((height, width, 3), np.uint8))
+    span = painted(np.full((height, width, 3), 255, np.uint8)) - black
     ramps = np.stack([np.round(255 * x), np.round(255 * y), np.zeros_like(x)], axis=-1).astype(np.uint8)
-    moved = _painted(processor.image_processor, vlm, ramps) - black
+    moved = painted(ramps) - black
     inside = span[:, :2] > 0.01 * span.amax()
     centres = moved[:, :2] / span[:, :2].clamp(min=1e-12)
     return torch.where(inside, centres, 0.5).clamp(0.0, 1.0)

@@ -127,13 +127,21 @@ def _pictures_only(place: str, cause: Exception) -> Any:
             (Path(save_directory) / _FILM_FILE).write_text(json.dumps(film, indent=2), encoding="utf-8")
         return written
 
+    def from_args_and_dict(cls: Any, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        settings = {**processor_dict, "video_processor": None}  # some families (SmolVLM) demand the argument
+        return family.from_args_and_dict.__func__(cls, args, settings, **kwargs)
+
     body = {
         "get_attributes": classmethod(lambda cls: kept),
+        "from_args_and_dict": classmethod(from_args_and_dict),
         "save_pretrained": save_pretrained,
         "video_processor": SimpleNamespace(num_frames=None, fps=None),  # some families read these for any input
     }
     reduced: Any = type(family.__name__, (family,), body)
-    return reduced.from_pretrained(place)
+    try:
+        return reduced.from_pretrained(place)
+    except ImportError as missing:  # what else the family needs, such as SmolVLM's num2words
+        raise LoadError(_hint(place, "its processor cannot be loaded", missing)) from missing
 
 
 def _hint(place: str, what: str, cause: Exception) -> str:

@@ -1,0 +1,28 @@
+"""A few of the diagnosed pictures, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from keepsight.diagnosis.data import Pictures
+from keepsight.results import Example
+
+EXAMPLES, EXAMPLE_SIDE = 6, 448
+
+
+def choose_examples(pictures: Pictures, done: Sequence[int], split_components: bool) -> list[Example]:
+    """A few pictures, evenly spread over the set; those with masks where there are any."""
+    masked = [index for index in done if pictures.items[index].mask is not None] or list(done)
+    spread = sorted({masked[round(i)] for i in np.linspace(0, len(masked) - 1, min(EXAMPLES, len(masked)))})
+    found = []
+    for index in spread:
+        image, mask = pictures.items[index].open(split_components)
+        image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+        if mask is not None:
+            mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+        caption = ", ".join(f"{values[index]}" for values in pictures.labels.values() if values[index] is not None)
+        found.append(Example(image, mask, pictures.items[index].name, caption))
+    return found

@@ -1,0 +1,59 @@
+"""Object masks: index pictures of the picture's size, 0 background, 255 ignored, other values objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keepsight.images import decode
+
+IGNORE = 255
+MAX_OBJECTS = 254  # what a uint8 mask can name beside background and ignore
+
+
+def read_mask(source: Any, name: str) -> np.ndarray:
+    """[H, W] uint8: 0 background, 255 ignore, other values objects.
+
+    Raises:
+        ImageError: it cannot be read.
+        ValueError: it is a colour picture, or holds values that uint8 does not.
+    """
+    if callable(source):
+        source = source()
+    if isinstance(source, np.ndarray):
+        array = source
+    else:
+        image = decode(source, f"the mask of '{name}'")
+        if image.mode not in ("1", "L", "P", "I", "I;16"):
+            raise ValueError(
+                f"the mask of '{name}' is a {image.mode} picture; expected one channel (mode L or P): 0 background, "
+                "255 ignore and other values objects"
+            )
+        array = np.asarray(image)
+    if array.ndim != 2 or (array.size and (array.min() < 0 or array.max() > 255)):
+        raise ValueError(
+            f"the mask of '{name}' must be a [H, W] array of values 0 … 255; got shape {array.shape}, values "
+            f"{array.min()} … {array.max()}"
+        )
+    return array.astype(np.uint8)
+
+
+def components(mask: np.ndarray) -> np.ndarray:
+    """Connected parts (8 neighbours) of each value of a semantic mask as objects of their own, largest first.
+
+    For masks such as COCO-Stuff's, where one value covers every instance. At most 254 objects fit; smaller parts
+    beyond them become 255, ignored.
+    """
+    from scipy import ndimage
+
+    parts: list[np.ndarray] = []
+    for value in np.unique(mask):
+        if value not in (0, IGNORE):
+            labelled, count = ndimage.label(mask == value, structure=np.ones((3, 3)))
+            parts.extend(labelled == i for i in range(1, count + 1))
+    parts.sort(key=lambda part: -int(part.sum()))
+    result = np.where(mask == IGNORE, IGNORE, 0).astype(np.uint8)
+    for number, part in enumerate(parts, start=1):
+        result[part] = number if number <= MAX_OBJECTS else IGNORE
+    return result

@@ -1,0 +1,116 @@
+"""Pictures from files: inside their folder only, turned upright, in RGB, whole or named as broken."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+SKIP = "Repair or remove it, or pass skip_broken=True (--skip-broken) to leave such pictures out."
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used: missing, truncated, not a picture, a URL, or outside its folder."""
+
+
+def refuse_url(reference: str) -> None:
+    """Nothing is ever downloaded because a data set or a list names it.
+
+    Raises:
+        ImageError: for a URL.
+    """
+    if "://" in reference or reference.startswith("data:"):
+        raise ImageError(
+            f"image '{reference[:80]}' is a URL; pictures are read from local files only. "
+            "Download it and give its path."
+        )
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def inside(reference: str | Path, folder: str | Path, what: str = "image") -> Path:
+    """The path that `reference` means in `folder`, symbolic links followed; there need not be a file.
+
+    Cheap enough to run over every entry of a data set: folders are resolved once each.
+
+    Args:
+        what: what to call the file in an error.
+
+    Raises:
+        ImageError: for a path that leaves the folder.
+    """
+    root = _real_folder(os.fspath(folder))
+    parent, name = os.path.split(os.path.join(root, reference))
+    path = os.path.join(_real_folder(parent), name)
+    if os.path.islink(path) or name in ("", ".", ".."):
+        path = os.path.realpath(path)
+    if os.path.commonpath([root, path]) != root:
+        raise ImageError(
+            f"{what} '{reference}' leaves the {what} folder '{folder}' (it resolves to '{path}'); "
+            "allowed are files inside the folder, also through symbolic links. Move or copy it into the folder."
+        )
+    return Path(path)
+
+
+def resolve_image(reference: str, folder: str | Path | None) -> Path:
+    """The file that `reference` names inside `folder`, symbolic links followed.
+
+    Raises:
+        ImageError: for a URL, a path that leaves the folder, or a file that is not there.
+    """
+    refuse_url(reference)
+    if folder is None:
+        raise ImageError(f"image '{reference}' is a path, but no image folder was given; set `image_folder`.")
+    path = inside(reference, folder)
+    if not path.is_file():
+        raise ImageError(f"image '{reference}' is missing: there is no file '{path}'.")
+    return path
+
+
+def decode(
+    source: Any, what: str, finish: Callable[[Image.Image], Image.Image] = Image.Image.copy, advice: str = SKIP
+) -> Image.Image:
+    """Decode a picture fully.
+
+    Args:
+        source: a file, the bytes of a file, a decoded picture, or a function that returns one of them.
+        what: what to call it in an error.
+        finish: what to do with the decoded picture before its file is closed.
+        advice: what an error tells the reader to do.
+
+    Raises:
+        ImageError: if it is missing, truncated, or no picture at all.
+    """
+    try:
+        if callable(source):
+            source = source()
+        if isinstance(source, Image.Image):
+            return finish(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return finish(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as cause:
+        raise ImageError(
+            f"{what} cannot be read ({type(cause).__name__}: {cause}); it may be truncated or no picture. {advice}"
+        ) from cause
+
+
+def open_image(source: Any, name: str, advice: str = SKIP) -> Image.Image:
+    """`decode`, then turn the picture as its EXIF orientation says, and convert it to RGB.
+
+    Args:
+        source: a file, the bytes of a file, a decoded picture, or a function that returns one of them.
+        name: what to call it in an error.
+        advice: what an error tells the reader to do.
+
+    Raises:
+        ImageError: if it is missing, truncated, or no picture at all.
+    """
+    return decode(source, f"image '{name}'", lambda image: ImageOps.exif_transpose(image).convert("RGB"), advice)

@@ -1,0 +1,146 @@
+"""A run killed anywhere, also in the middle of writing a checkpoint, goes on bit for bit as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from keepsight.training.checkpoints import WEIGHTS, latest
+from keepsight.training.recipe import read_curves
+from tests.tiny_processors import save_llava
+from tests.training.test_conversations import entry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(folder: Path, pictures: Path) -> Path:
+    """Single pictures, so that the margin needs the one before; whitening, a schedule, two layers, a random control."""
+    entries = [entry("<image>\nwhat color ?", color, image=f"{color}.png") for color in ("red", "blue")] * 4
+    entries += [entry("hello", "world"), entry("<image> <image>", "circle", image=["red.png", "blue.png"])]
+    (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
+    settings = {
+        "model": {"path": str(save_llava(folder / "start"))},
+        "data": {"conversations": str(folder / "data.json"), "image_folder": str(pictures)},
+        "projector": {"batch_size": 2, "micro_batch_size": 1, "max_steps": 6, "lr": 1e-2},
+        "full": {
+            "train": ["projector", "language_model"],
+            "batch_size": 2,
+            "micro_batch_size": 1,
+            "max_steps": 6,
+            "lr": 3e-3,
+        },
+        "pre": {"layer": [1, 3], "normalise": "whitened", "warmup_steps": 8, "control": "shuffled_patches"},
+        "save_steps": 2,
+        "trainer": {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def run(module: str, *arguments: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, Path]:
+    """A recipe, and the run of it that nobody stopped."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("resume")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for color in ("red", "blue"):
+        Image.new("RGB", (16, 16), color).save(pictures / f"{color}.png")
+    made = recipe(folder, pictures)
+    run("keepsight", "train", made, "--out", folder / "whole")
+    return made, folder / "whole"
+
+
+def content(path: Path) -> dict[str, Any]:
+    """All that a run leaves behind."""
+    last = path / "stages" / "full" / "checkpoint-6"
+    return {
+        "model": load_file(path / "model" / "model.safetensors"),
+        "with head": load_file(last / WEIGHTS),
+        "optimizer": torch.load(last / "optimizer.pt", weights_only=True)["state"],
+        "random state": torch.load(last / "rng_state.pth", weights_only=False)["cpu"],
+        "curves": read_curves(path),
+    }
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(same(a, b) for a, b in zip(one, two, strict=True))
+    return torch.equal(one, two) if torch.is_tensor(one) else one == two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "step:projector:1",  # before the first checkpoint
+        "step:projector:5",
+        "projector:4:weights",
+        "projector:6:mark",  # the last of its stage
+        "step:full:1",  # after a whole stage
+        "full:2:optimizer",
+        "full:4:removal",
+        "step:full:5",
+        "export",
+    ],
+)
+def test_killed_and_resumed_is_uninterrupted(world, tmp_path, point):
+    made, whole = world
+    out = tmp_path / "run"
+    run("tests.training.killed", point, made, "--out", out, code=-signal.SIGKILL)
+    assert not json.loads((out / "run.json").read_text()).get("finished")
+    run("keepsight", "train", made, "--out", out, "--resume")
+    expected, got = content(whole), content(out)
+    for name, value in expected.items():
+        assert same(value, got[name]), name
+    assert any("keepsight_head.heads.3" in name for name in got["with head"])
+    assert any("pre_margin" in row for row in got["curves"])
+
+
+@pytest.mark.slow
+def test_resume_starts_finishes_and_refuses(world, tmp_path):
+    made, whole = world
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    run("keepsight", "train", made, "--out", whole, "--resume")  # finished: nothing to do
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+    said = run("keepsight", "train", made, "--out", whole, "--resume", "--pre.weight", "0.25", code=2)
+    assert "started with another configuration (pre.weight: 0.5, now 0.25)" in " ".join(said.split())
+    said = run("keepsight", "train", made, "--out", whole, code=2)
+    assert "already holds a run" in " ".join(said.split())
+
+
+def test_a_half_is_no_checkpoint(tmp_path):
+    whole, half = tmp_path / "checkpoint-2", tmp_path / "checkpoint-10"
+    for folder in (whole, half):
+        folder.mkdir()
+        (folder / "a").write_bytes(b"1234")
+        (folder / "complete.json").write_text(json.dumps({"step": 1, "files": {"a": 4}}))
+    assert latest(tmp_path) == half
+    (half / "a").write_bytes(b"12")
+    assert latest(tmp_path) == whole
+    (whole / "complete.json").unlink()
+    assert latest(tmp_path) is None
