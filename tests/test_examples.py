@@ -24,7 +24,7 @@ def run(example: Path, folder: Path) -> str:
 
 
 def test_there_are_examples_and_each_is_short():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert all(len(example.read_text(encoding="utf-8").splitlines()) < 80 for example in EXAMPLES)
 
 
@@ -48,3 +48,10 @@ def test_hf_trainer(tmp_path):
     out = run(EXAMPLES[2], tmp_path)
     steps = out.splitlines()[-4:]
     assert all("'pre_cosine'" in step and "'pre_images': 8.0" in step for step in steps)
+
+
+@pytest.mark.slow
+def test_trainer_that_stays_as_it_is(tmp_path):
+    out = run(EXAMPLES[3], tmp_path).splitlines()[-1]
+    assert out.startswith("cosine ")
+    assert float(out.split("moved by ")[1].split()[0]) > 1e-3

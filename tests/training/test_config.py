@@ -1,6 +1,8 @@
 """Recipes, flags, round trips, and what is refused."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -234,6 +236,19 @@ def test_help_is_fast() -> None:
     code = "import sys; from keepsight.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'jsonargparse'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=dict(os.environ))
+
+
+def test_every_command_of_the_training_page_parses():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`keepsight train (recipes/[^`]+)`", page)
+    assert len(commands) == 10
+    found = [parse(shlex.split(command.replace("recipes/", f"{RECIPES[0].parent}/"))) for command in commands]
+    assert found[0].pre.weight == 0
+    assert [c.pre.layer for c in found[1:3]] == ["middle", "last"]
+    assert [c.pre.anchor for c in found[3:5]] == ["pre_projector", "external"]
+    assert found[6].full.train == ("encoder", "projector", "language_model")
+    viral = found[8]
+    assert (viral.pre.layer, viral.projector.pre, viral.full.pre) == (16, False, True)
 
 
 @pytest.mark.parametrize(("save", "logging", "expected"), [(500, 10, 500), (500, 7, 504), (3, 5, 5)])
