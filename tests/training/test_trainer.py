@@ -9,7 +9,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import keepsight
-from tests.tiny import IMAGE, llava_clip_llama, pixels
+from tests.tiny import FAMILIES, IMAGE, llava_clip_llama, pixels
 
 PICTURE = [IMAGE] * 16
 
@@ -66,6 +66,24 @@ def train(
     **arguments: Any,
 ) -> tuple[Any, Gradients]:
     gradients = Gradients()
+    trainer = make_trainer(
+        model, path, data, cls, batch=batch, accumulate=accumulate, callbacks=[gradients], **arguments
+    )
+    trainer.train()
+    return trainer, gradients
+
+
+def make_trainer(
+    model: Any,
+    path: Any,
+    data: list[dict[str, Any]],
+    cls: type[Trainer] = PReTrainer,
+    *,
+    batch: int,
+    accumulate: int = 1,
+    callbacks: Any = (),
+    **arguments: Any,
+) -> Any:
     settings = {
         "learning_rate": 1e-3,
         "max_grad_norm": 0.0,
@@ -79,17 +97,15 @@ def train(
         "lr_scheduler_type": "constant",
         **arguments,
     }
-    trainer = cls(
+    return cls(
         model=model,
         args=TrainingArguments(
             str(path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **settings
         ),
         train_dataset=data,
         data_collator=collate,
-        callbacks=[gradients],
+        callbacks=list(callbacks),
     )
-    trainer.train()
-    return trainer, gradients
 
 
 def attached(**config: Any) -> Any:
@@ -222,3 +238,26 @@ def test_evaluation_is_untouched(tmp_path):
     model.eval()
     plain = InOrder(model=model, args=trainer.args, data_collator=collate)
     assert plain.evaluate(samples())["eval_loss"] == with_head
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+def test_resuming_trainer_itself_gets_the_weights_back(tmp_path, family):
+    """Whatever names the family has on disk: LLaVA's are others than in memory."""
+    settings = {"batch": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    text = [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(8)]
+    data = samples() if family == "llava-clip-llama" else text
+    build = FAMILIES[family]
+
+    def model(seed: int) -> Any:
+        built = build(seed)[0]
+        keepsight.attach(built, keepsight.PReConfig(weight=0.5 if family == "llava-clip-llama" else 0.0))
+        return built
+
+    whole = model(0)
+    train(whole, tmp_path, data, **settings)
+    other = model(1)  # any weights but those
+    make_trainer(other, tmp_path / "again", data, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    expected, got = whole.state_dict(), other.state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)

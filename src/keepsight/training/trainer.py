@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepsight.pre.attach import Handle, handle_of
+from keepsight.pre.attach import HEAD, Handle, handle_of
 
 
 class PReTrainerMixin:
@@ -100,6 +100,27 @@ class PReTrainerMixin:
         self._pre_log.add(loss.detach() / divisor, self.pre)
         total = loss + predictive * (divisor * processes)
         return (total, outputs) if return_outputs else total
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._resumed_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Resuming: `Trainer` reads weights by the names in the file, and several families (LLaVA, …) have others in
+        memory; it would go on with the weights it happens to have. `from_pretrained` knows both names."""
+        base = self.pre.vlm.base
+        own = {name for name, _ in base.named_parameters() if HEAD not in name.split(".")}
+        if own & set(load_result.missing_keys) and hasattr(base, "from_pretrained"):
+            plain = type(base).from_pretrained(self._resumed_from, dtype=base.dtype)
+            load_result = base.load_state_dict(plain.state_dict(), strict=False)
+            lost = sorted(own & set(load_result.missing_keys))
+            if lost:
+                raise ValueError(
+                    f"checkpoint '{self._resumed_from}' lacks {lost[:3]} ({len(lost)} in all), so training would go on "
+                    "from other weights: it is of another model. Resume with the model it was written from."
+                )
+            return
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
     def _normalised_over_step(self, num_items_in_batch: Any) -> bool:
         flag = getattr(self, "loss_is_scaled_for_ga", None)

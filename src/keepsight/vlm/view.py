@@ -85,6 +85,11 @@ class Vlm:
             )
 
     @property
+    def base(self) -> Any:
+        """The transformers model inside the wrappers."""
+        return unwrap(self.model)
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm between the last decoder layer and the LM head."""
         return self.decoder.norm  # type: ignore[return-value]
