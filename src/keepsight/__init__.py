@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keepsight.diagnosis import Diagnosis, diagnose
+    from keepsight.diagnosis.monitor import FidelityCallback
     from keepsight.pre import DeadLossError, Handle, PReConfig, attach, handle_of, param_groups
     from keepsight.training.trainer import PReTrainerMixin
 
@@ -16,6 +17,7 @@ _WHERE = {
     "Handle": "keepsight.pre",
     "PReConfig": "keepsight.pre",
     "PReTrainerMixin": "keepsight.training.trainer",
+    "FidelityCallback": "keepsight.diagnosis.monitor",
     "Diagnosis": "keepsight.diagnosis",
     "attach": "keepsight.pre",
     "diagnose": "keepsight.diagnosis",
@@ -31,6 +33,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "handle_of",
     "param_groups",
     "PReTrainerMixin",
+    "FidelityCallback",
     "DeadLossError",
 ]
 

@@ -1,7 +1,7 @@
 """Real pretrained parts through the command line: train both stages without and with PRe, then diagnose both.
 
-`make test-real` runs it whole (about 40 minutes on two cores). KEEPSIGHT_REAL_STEPS=2 runs the same path for two steps
-a stage and leaves out what only learning can show.
+`make test-real` runs it whole (about 45 minutes on two idle cores). KEEPSIGHT_REAL_STEPS=2 runs the same path for two
+steps a stage and leaves out what only learning can show.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def by_metric(rows: list[Measurement]) -> dict[tuple[str, ...], list[Measurement
 def test_a_run_leaves_a_plain_checkpoint_and_its_curves(trained, arm):
     for stage in ("projector", "full"):
         steps = [entry["step"] for entry in read_curves(trained[arm]) if entry["stage"] == stage]
-        assert max(steps) == (STEPS or 150)
+        assert max(steps) == (STEPS or 80)
         assert bool(curve(trained[arm], stage, "pre_cosine")) == (arm == "pre")
     model, processor = load_model(trained[arm])
     assert type(model).__name__ == "LlavaForConditionalGeneration"
@@ -137,7 +137,7 @@ def test_the_loss_falls(trained, arm, stage):
     loss = curve(trained[arm], stage, "lm_loss")
     first, last = loss[0], sum(loss[-10:]) / 10
     print(f"\n{arm}, {stage}: language-model loss {first:.3f} → {last:.3f}")
-    assert last < 0.5 * first
+    assert last < 0.7 * first
 
 
 @learned

@@ -1,0 +1,122 @@
+"""The watch over a training: planted answers, independent computations, and a trainer without PRe."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+
+from keepsight import FidelityCallback
+from keepsight.diagnosis.monitor import RIDGE, RunningRidge
+from keepsight.vlm.grids import ImageTokens
+from tests.tiny import llava_clip_llama
+from tests.training.test_trainer import InOrder, make_trainer, samples, train
+
+WIDTH, TOKENS, IMAGES = 12, 40, 4
+
+
+def tokens() -> ImageTokens:
+    zero = torch.zeros(IMAGES * TOKENS, dtype=torch.long)
+    image = torch.arange(IMAGES).repeat_interleave(TOKENS)
+    return ImageTokens(zero, zero, image, zero, zero.bool(), zero, zero, grids=(((1, TOKENS),),) * IMAGES)
+
+
+def states(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 3, WIDTH)
+    return torch.randn(IMAGES * TOKENS, WIDTH, generator=generator) * scale + 2
+
+
+def watched(layer_of, looks: int = 3) -> FidelityCallback:
+    callback = FidelityCallback(dimensions=WIDTH)
+    callback._index_of_layer = 2
+    for seed in range(looks):
+        given = states(seed)
+        callback.look(given, layer_of(given, seed), tokens())
+    return callback
+
+
+def test_a_layer_that_turns_its_input_keeps_all_of_it():
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9)))[0]
+    seen = watched(lambda given, seed: given @ turn + 5).history
+    assert "sight_fidelity" not in seen[0]  # nothing before to be scored by
+    assert seen[1]["sight_fidelity"] > 0.99
+    assert seen[2]["sight_dimension"] == pytest.approx(seen[2]["sight_dimension_input"], rel=1e-4)
+
+
+def test_a_layer_that_forgets_keeps_nothing():
+    seen = watched(lambda given, seed: states(seed + 100)).history
+    assert seen[2]["sight_fidelity"] < 0.05
+
+
+def test_a_layer_that_keeps_half_of_the_channels():
+    keep = (torch.arange(WIDTH) % 2).float()
+    seen = watched(lambda given, seed: given * keep).history
+    scale = torch.linspace(0.5, 3, WIDTH).square()
+    assert seen[2]["sight_fidelity"] == pytest.approx(float((scale * keep).sum() / scale.sum()), abs=0.03)
+
+
+def test_score_is_scikit_learns_on_new_tokens():
+    generator = np.random.default_rng(0)
+    x, new = generator.normal(size=(300, 6)) * [1, 2, 3, 1, 1, 5] + 1, generator.normal(size=(50, 6)) + 1
+    mixing = generator.normal(size=(6, 6))
+    y, new_y = x @ mixing + generator.normal(size=(300, 6)), new @ mixing
+    running = RunningRidge()
+    running.update(torch.tensor(x), torch.tensor(y))
+    alpha = RIDGE * x.var(axis=0).mean() * len(x)
+    fitted = Ridge(alpha=alpha).fit(x, y)
+    error = ((fitted.predict(new) - new_y) ** 2).sum()
+    expected = 1 - error / ((new_y - y.mean(axis=0)) ** 2).sum()
+    assert running.score(torch.tensor(new), torch.tensor(new_y)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_homogeneity_and_dimension_by_hand():
+    seen = watched(lambda given, seed: given.abs(), looks=1).history[0]
+    held = states(0).abs()
+    unit = torch.nn.functional.normalize(held, dim=1).view(IMAGES, TOKENS, WIDTH)
+    cosine = unit @ unit.mT
+    expected = ((cosine.sum(dim=(1, 2)) - TOKENS) / (TOKENS * (TOKENS - 1))).mean().item()
+    assert seen["sight_homogeneity"] == pytest.approx(expected, abs=1e-5)
+    share = PCA().fit(held.double().numpy()).explained_variance_ratio_
+    assert seen["sight_dimension"] == pytest.approx(1 / (share**2).sum(), rel=1e-5)
+
+
+def test_it_warns_once_when_sight_is_lost():
+    def fading(given, seed):
+        return given if seed < 5 else states(seed + 100)
+
+    with pytest.warns(UserWarning, match=r"layer 2 is losing sight of the pictures: it predicted 1\.00 .* at first"):
+        watched(fading, looks=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watched(lambda given, seed: given, looks=12)
+
+
+def test_in_a_trainer_without_pre(tmp_path):
+    model, _ = llava_clip_llama()
+    twin, _ = llava_clip_llama()
+    callback = FidelityCallback(every=2, dimensions=8)
+    trainer = make_trainer(model, tmp_path / "a", samples(), InOrder, batch=4, max_steps=6, callbacks=[callback])
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "sight_homogeneity" in row]
+    assert [row["step"] for row in logged] == [1, 3, 5]  # steps 0, 2 and 4 of six
+    assert all(-1 <= row["sight_homogeneity"] <= 1 and row["sight_dimension_input"] >= 1 for row in logged)
+    assert "sight_fidelity" in logged[-1]
+    train(twin, tmp_path / "b", samples(), InOrder, batch=4, max_steps=6)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert len(model.model._forward_pre_hooks) == len(twin.model._forward_pre_hooks)
+
+
+def test_it_can_stand_before_the_trackers(tmp_path):
+    model, _ = llava_clip_llama()
+    trainer = make_trainer(model, tmp_path, samples(), InOrder, batch=4)
+    callback = FidelityCallback().add_to(trainer)
+    assert trainer.callback_handler.callbacks[0] is callback
+
+
+@pytest.mark.parametrize("values", [{"every": 0}, {"dimensions": 0}, {"warn_drop": 0.0}])
+def test_numbers_out_of_range(values):
+    with pytest.raises(ValueError, match="allowed are 1 or more"):
+        FidelityCallback(**values)
