@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from keepsight.pre.anchors import AnchorSource
 from keepsight.pre.config import PReConfig
@@ -167,20 +168,22 @@ class ForwardPass:
         if not self.inject:
             self.loss_sum = self._loss_of(self.layers)
             if dist.is_available() and dist.is_initialized():
-                zero = self.loss_sum if self.images else self.loss_sum + self._unused()
-                output.last_hidden_state = connected(output.last_hidden_state, zero)
+                output.last_hidden_state = connected(output.last_hidden_state, self.loss_sum + self._sharded_zero())
         self.in_step += 1
         self._disarm()
         self._extra = {}
         return output
 
-    def _unused(self) -> Tensor:
-        """A zero connected to what learns between pixels and decoder, which a forward without pictures leaves out.
+    def _sharded_zero(self) -> Tensor | float:
+        """Under FSDP2, a zero connected to what learns between pixels and decoder.
 
-        Other processes may have had pictures, and engines that reduce gradients in groups wait for every parameter.
+        It reduces the gradients of a group of parameters together, and waits for ever where a process without
+        pictures has none for them; so every process gives all of them one.
         """
-        unused = [parameter for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
-        return 0.0 * torch.stack([parameter.sum().float() for parameter in unused]).sum() if unused else torch.zeros(())
+        if not isinstance(unwrap(self.vlm.model), FSDPModule):
+            return 0.0
+        parts = [parameter.sum().float() for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
+        return 0.0 * torch.stack(parts).sum() if parts else 0.0
 
     def _loss_of(self, layers: list[int]) -> Tensor:
         """Loss of these layers by their shares, summed over the pictures of this forward."""
