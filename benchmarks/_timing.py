@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from scipy.stats import t as student
@@ -68,6 +69,12 @@ def paired(
             slow_times.append(seconds(slow))
             fast_times.append(seconds(fast))
     return slow_times, fast_times
+
+
+def memory_of_process(field: str) -> float:
+    """MiB; VmHWM is the peak. (getrusage's peak is inherited from the parent process, so it measures the wrong one.)"""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
 
 
 def verdict(name: str, ratio: Ratio, *, at_least: float | None = None, at_most: float | None = None) -> bool:

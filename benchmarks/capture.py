@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _models import build
-from _timing import finish, paired, ratio_of, seconds, verdict
+from _timing import finish, memory_of_process, paired, ratio_of, seconds, verdict
 from PIL import Image
 
 PICTURES, BATCH = 1000, 8
@@ -92,12 +92,6 @@ def peak_above_model(n: int) -> float:
         images, masks = Path(folder) / "images", Path(folder) / "masks"
         diagnose(model, processor, images, labels=labels, masks=masks, progress=False)
     return memory_of_process("VmHWM") - before
-
-
-def memory_of_process(field: str) -> float:
-    """MiB; VmHWM is the peak. (getrusage's peak is inherited from the parent process, so it measures the wrong one.)"""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
-    return int(line.split()[1]) / 1024
 
 
 def memory() -> bool:
