@@ -1,7 +1,8 @@
 """keepsight: see how much of a picture survives inside a multimodal LLM, and train the model to keep it."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from keepsight._lazy import lazy
 
 if TYPE_CHECKING:
     from keepsight.diagnosis import Diagnosis, diagnose
@@ -11,19 +12,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `keepsight --help` does not wait for torch.
-_WHERE = {
-    "DeadLossError": "keepsight.pre",
-    "Handle": "keepsight.pre",
-    "PReConfig": "keepsight.pre",
-    "PReTrainerMixin": "keepsight.training.trainer",
-    "FidelityCallback": "keepsight.diagnosis.monitor",
-    "Diagnosis": "keepsight.diagnosis",
-    "attach": "keepsight.pre",
-    "diagnose": "keepsight.diagnosis",
-    "handle_of": "keepsight.pre",
-    "param_groups": "keepsight.pre",
-}
+__getattr__ = lazy(
+    __name__,
+    {
+        "DeadLossError": "keepsight.pre",
+        "Handle": "keepsight.pre",
+        "PReConfig": "keepsight.pre",
+        "PReTrainerMixin": "keepsight.training.trainer",
+        "FidelityCallback": "keepsight.diagnosis.monitor",
+        "Diagnosis": "keepsight.diagnosis",
+        "attach": "keepsight.pre",
+        "diagnose": "keepsight.diagnosis",
+        "handle_of": "keepsight.pre",
+        "param_groups": "keepsight.pre",
+    },
+)
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "diagnose",
     "Diagnosis",
@@ -36,9 +39,3 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "FidelityCallback",
     "DeadLossError",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
-    raise AttributeError(f"module 'keepsight' has no attribute {name!r}")

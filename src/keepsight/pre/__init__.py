@@ -1,7 +1,22 @@
 """Predictive Regularization (PRe): the head, the loss, and how to attach them to a model."""
 
-from keepsight.pre.attach import Handle, attach, handle_of, param_groups
-from keepsight.pre.config import PReConfig
-from keepsight.pre.life import DeadLossError
+from typing import TYPE_CHECKING
 
+from keepsight._lazy import lazy
+from keepsight.pre.config import PReConfig
+
+if TYPE_CHECKING:
+    from keepsight.pre.handle import Handle, attach, handle_of, param_groups
+    from keepsight.pre.life import DeadLossError
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "DeadLossError": "keepsight.pre.life",
+        "Handle": "keepsight.pre.handle",
+        "attach": "keepsight.pre.handle",
+        "handle_of": "keepsight.pre.handle",
+        "param_groups": "keepsight.pre.handle",
+    },
+)
 __all__ = ["DeadLossError", "Handle", "PReConfig", "attach", "handle_of", "param_groups"]

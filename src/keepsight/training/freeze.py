@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from keepsight.pre.attach import HEAD
+from keepsight.pre.handle import HEAD
 from keepsight.vlm.view import Vlm, unwrap
 
 # Families that keep the projector inside the encoder name it so.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepsight.pre.attach import HEAD, Handle, handle_of
+from keepsight.pre.handle import HEAD, Handle, handle_of
 
 
 class PReTrainerMixin:
