@@ -42,7 +42,7 @@ def keepsight(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """$KEEPSIGHT_REAL_OUT keeps the runs; a folder with runs in it is refused by the commands themselves."""
+    """$KEEPSIGHT_REAL_OUT keeps the runs; a test that was stopped goes on with what lies there."""
     kept = os.environ.get("KEEPSIGHT_REAL_OUT")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("real")
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,10 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def picture_set(work) -> Path:
-    return pictures.write(work / "pictures", fetch.fetch(), train=64 if SHORT else 1200, test=80 if SHORT else 320)
+    folder = work / "pictures"
+    if folder.is_dir():  # it appears only when it is whole
+        return folder
+    return pictures.write(folder, fetch.fetch(), train=64 if SHORT else 1200, test=80 if SHORT else 320)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,8 @@ def trained(work, picture_set) -> dict[str, Path]:
     runs = {}
     for arm, options in ARMS.items():
         runs[arm] = work / f"train-{arm}"
-        keepsight("train", Path(__file__).with_name("recipe.yaml"), *common, *options, "--out", runs[arm])
+        recipe = Path(__file__).with_name("recipe.yaml")
+        keepsight("train", recipe, *common, *options, "--out", runs[arm], "--resume")
     return runs
 
 
@@ -78,7 +82,8 @@ def diagnosed(work, picture_set, trained) -> dict[str, RunDirectory]:
     for arm, run in trained.items():
         out = work / f"diagnose-{arm}"
         data = ["--images", test / "images", "--masks", test / "masks", "--labels", test / "labels.json"]
-        keepsight("diagnose", run, *data, "--out", out)
+        if not (out / "rows.jsonl").is_file():  # of a test that was stopped
+            keepsight("diagnose", run, *data, "--out", out, "--overwrite")
         runs[arm] = RunDirectory.open(out)
     return runs
 
