@@ -69,3 +69,23 @@ def test_what_is_broken_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ImageError, match=r"the mask of 'z' cannot be read \(OSError: disk\)"):
         decode(unreadable, "the mask of 'z'")
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    red = np.asarray(open_image(tmp_path / "ramp.png", "ramp"))[..., 0]
+    assert red.flatten().tolist() == list(range(256))
+    wide = Image.fromarray(ramp.astype(np.int32))  # mode I, as other programs store the same
+    assert np.array_equal(np.asarray(open_image(wide, "wide"))[..., 0], red)
+    narrow = Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16))
+    assert np.array_equal(np.asarray(open_image(narrow, "narrow"))[..., 0], red)
+
+
+def test_grey_values_of_an_unknown_range_are_refused():
+    with pytest.raises(ImageError, match="floating-point numbers, whose range is not known"):
+        open_image(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "float")
+    with pytest.raises(ImageError, match="grey values from 0 to 70000"):
+        open_image(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "large")
+    with pytest.raises(ImageError, match="the entry is null"):
+        open_image(None, "nothing")

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 SKIP = "Repair or remove it, or pass skip_broken=True (--skip-broken) to leave such pictures out."
@@ -92,6 +93,8 @@ def decode(
     try:
         if callable(source):
             source = source()
+        if source is None:
+            raise ValueError("there is no picture: the entry is null")
         if isinstance(source, Image.Image):
             return finish(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -113,4 +116,18 @@ def open_image(source: Any, name: str, advice: str = SKIP) -> Image.Image:
     Raises:
         ImageError: if it is missing, truncated, or no picture at all.
     """
-    return decode(source, f"image '{name}'", lambda image: ImageOps.exif_transpose(image).convert("RGB"), advice)
+    return decode(source, f"image '{name}'", _upright_rgb, advice)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # more than 8 bits a pixel, which `convert` would clip to white
+        values = np.asarray(image).astype(np.int64)
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if low < 0 or high > 65535:
+            raise ValueError(f"grey values from {low} to {high}; expected 0 to 255 or 0 to 65535")
+        narrow = image.mode == "I" and high <= 255
+        image = Image.fromarray((values if narrow else np.round(values / 257)).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("grey values are floating-point numbers, whose range is not known; save it with 8 or 16 bits")
+    return image.convert("RGB")

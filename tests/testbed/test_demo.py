@@ -74,6 +74,36 @@ def test_data_of_another_seed_are_not_used(tmp_path, monkeypatch):
         demo.run(tmp_path, steps=1, console=Console(file=io.StringIO()))
 
 
+def test_folders_of_others_are_left_alone(tmp_path):
+    """Also where their names are those that a demo would use."""
+    for name in ("data/images/my_precious.png", "report.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("kept")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is not empty and holds no keepsight demo; nothing was touched"):
+            demo.run(tmp_path, steps=1, overwrite=overwrite, console=Console(file=io.StringIO()))
+    assert (tmp_path / "data" / "images" / "my_precious.png").read_text() == "kept"
+
+
+def test_a_picture_put_beside_the_demos_own_is_not_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, steps=1, console=Console(file=io.StringIO()))
+    (tmp_path / "data" / "images" / "mine.png").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"mine\.png"):
+        demo.run(tmp_path, steps=1, overwrite=True, console=Console(file=io.StringIO()))
+    assert (tmp_path / "data" / "images" / "mine.png").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_overwrite_replaces_a_demo(done):
+    out, path, _ = done
+    before = path.stat().st_mtime_ns
+    demo.run(out, steps=1, overwrite=True, console=Console(file=io.StringIO()))
+    assert path.stat().st_mtime_ns > before
+    assert RunDirectory.open(out / "with-pre").info["counts"]["full: steps"] == 1
+
+
 def test_steps_out_of_range(tmp_path):
     with pytest.raises(ValueError, match="steps is 0"):
         demo.run(tmp_path / "x", steps=0, console=Console(file=io.StringIO()))

@@ -1,6 +1,7 @@
 """The recipe end to end on a tiny LLaVA: what learns, what is written, what is left behind when it is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +11,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
 from keepsight.training import recipe
+from keepsight.training.checkpoints import latest
 from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.recipe import read_curves, train
@@ -220,3 +223,27 @@ def test_parts_of_every_family(family: str) -> None:
 def test_an_unknown_part() -> None:
     with pytest.raises(ValueError, match=r"no parameters in part 'head'; it has \['projector', 'language_model', 'enc"):
         train_only(llava(patch=8), ["head"])
+
+
+def test_a_truncated_picture_costs_nothing_that_was_trained(setting, pictures) -> None:
+    """Found before a step it leaves no folder behind; found later, the run goes on with --skip-broken."""
+    whole = (pictures / "red.png").read_bytes()
+    (pictures / "red.png").write_bytes(whole[:40])
+    config = TrainConfig(**{**setting, "data": replace(setting["data"], cache_megabytes=0)}, save_steps=1)
+    with pytest.raises(ImageError, match=r"red\.png"):
+        train(config)
+    first = Path(config.out)
+    assert not first.exists() or latest(first / "stages" / "projector") is not None
+    (pictures / "red.png").write_bytes(whole)
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                (pictures / "red.png").write_bytes(whole[:40])
+
+    again = replace(config, out=setting["out"] + "2", projector=replace(STEPS, max_steps=6))
+    with pytest.raises(ImageError, match="What was trained is kept: repeat the command with --resume"):
+        train(again, callbacks=[Breaks()])
+    run = train(replace(again, skip_broken=True), resume=True)
+    assert run.info["finished"]
+    assert [row["step"] for row in read_curves(run.path) if row["stage"] == "projector"] == [1, 2, 3, 4, 5, 6]

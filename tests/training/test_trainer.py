@@ -261,3 +261,34 @@ def test_resuming_trainer_itself_gets_the_weights_back(tmp_path, family):
     )
     expected, got = whole.state_dict(), other.state_dict()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def texts(n: int) -> list[dict[str, Any]]:
+    return [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(n)]
+
+
+def test_life_is_proven_by_the_micro_batch_that_had_the_picture(tmp_path):
+    """A picture, then text alone: the last micro-batch of every step shows nothing."""
+    data = [row for pair in zip(samples()[2:6], texts(4), strict=True) for row in pair]
+    trainer, gradients = train(attached(), tmp_path / "alive", data, batch=1, accumulate=2, max_steps=4)
+    assert len(gradients.steps) == 4
+    assert [row["pre_images"] for row in trainer.state.log_history[:-1]] == [1] * 4
+    model = attached()
+    keepsight.handle_of(model).head.requires_grad_(False)
+    with pytest.raises(keepsight.DeadLossError, match="the prediction head is frozen"):
+        train(model, tmp_path / "dead", data, batch=1, accumulate=2, max_steps=4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_text_alone_trains_no_projector_and_does_not_crash(tmp_path, weight):
+    """Either arm: with all else frozen, a micro-batch of text has nothing to learn."""
+    model = attached(weight=weight)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if weight:
+        keepsight.handle_of(model).predictors.heads.requires_grad_(True)
+    data = [row for pair in zip(samples()[2:6], texts(4), strict=True) for row in pair]
+    before = model.model.multi_modal_projector.linear_2.weight.detach().clone()
+    trainer, _ = train(model, tmp_path, data, batch=1, max_steps=8)
+    assert trainer.state.global_step == 8
+    assert not torch.equal(before, model.model.multi_modal_projector.linear_2.weight)

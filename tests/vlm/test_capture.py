@@ -154,3 +154,16 @@ def test_batches_without_pictures_give_no_tokens():
     with torch.no_grad(), capture(Vlm(model), [0, 4]) as taken:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert {layer: tuple(state.shape) for layer, state in taken.states.items()} == {0: (0, 32), 4: (0, 32)}
+
+
+def test_a_model_compiled_before_says_so():
+    """Hooks put on after the first compiled call are passed by."""
+    model, batch = llava_clip_llama()
+    compiled = torch.compile(model, backend="eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(**batch)
+        late = r"hooks on layers \[1, 2\] were not called.*torch\._dynamo\.reset"
+        with pytest.raises(RuntimeError, match=late), capture(Vlm(compiled), [1, 2]):
+            compiled(**batch)
+    torch._dynamo.reset()

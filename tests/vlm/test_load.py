@@ -137,3 +137,18 @@ def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp
 def test_llava_processor_alone(tmp_path: Path) -> None:
     make_llava().save_pretrained(tmp_path)
     assert load_processor(tmp_path).image_token == "<image>"
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """They would be random, and every number with them."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_llava(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.3.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=r"lacks 3 weights of LlavaForConditionalGeneration.*layers\.3\.mlp.*complete"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(LoadError, match="safetensors weights that can be read"):
+        load_model(folder)

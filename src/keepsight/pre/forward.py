@@ -38,6 +38,7 @@ class ForwardPass:
         source: makes the anchor. targets: layer → name of what it predicts. widths: target → channels.
         loss_sum: of the latest training forward, summed over pictures; None before the first, and after a forward that
             trains nothing. seen: layer → what was seen in the latest training forward. images: its pictures.
+        life: of the forwards since the last optimizer step, the latest that had pictures or pixels; None without one.
         in_step: training forwards since the last optimizer step; step: that step's number. Whoever counts sets them.
     """
 
@@ -66,6 +67,7 @@ class ForwardPass:
         self.observers = {layer: Observer() for layer in layers}
         self.loss_sum: Tensor | None = None
         self.seen: dict[int, Seen] = {}
+        self.life: Seen | None = None
         self.images = self.step = self.in_step = 0
         self._shares = dict(zip(layers, shares, strict=True))
         self._coefficient = coefficient
@@ -100,14 +102,20 @@ class ForwardPass:
         if self._control is not None:
             self._control.last = memory["control"]
 
+    def stepped(self) -> None:
+        """An optimizer step is over."""
+        self.step += 1
+        self.in_step = 0
+        self.life = None
+
     def clear(self) -> None:
         """Forget the latest forward."""
         self._disarm()
-        self.loss_sum, self.seen, self._extra = None, {}, {}
+        self.loss_sum, self.life, self.seen, self._extra = None, None, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to one forward (tensors in an autograd graph) cannot be copied and need not be.
-        transient = ("loss_sum", "_tokens", "_index", "_batch", "_inputs", "_target")
+        transient = ("loss_sum", "life", "_tokens", "_index", "_batch", "_inputs", "_target")
         return {**self.__dict__, **dict.fromkeys(transient), "seen": {}, "_states": {}, "_extra": {}}
 
     def _disarm(self) -> None:
@@ -170,6 +178,9 @@ class ForwardPass:
             if dist.is_available() and dist.is_initialized():
                 output.last_hidden_state = connected(output.last_hidden_state, self.loss_sum + self._sharded_zero())
         self.in_step += 1
+        seen = Seen.mean(list(self.seen.values()))
+        if seen.images or seen.had_pixels:
+            self.life = seen
         self._disarm()
         self._extra = {}
         return output
@@ -188,7 +199,11 @@ class ForwardPass:
     def _loss_of(self, layers: list[int]) -> Tensor:
         """Loss of these layers by their shares, summed over the pictures of this forward."""
         missing = [layer for layer in layers if layer not in self._states]
-        assert not missing, f"decoder layers {missing} did not run"
+        if missing:
+            raise RuntimeError(
+                f"the hook on decoder layer {missing[0]} was not called: if the model is compiled, attach before its "
+                "first call, or call torch._dynamo.reset() after attaching."
+            )
         states = {layer: self._gather(self._states[layer]) for layer in layers}  # [T, d]
         if self.config.observe:
             states = {layer: state.detach() for layer, state in states.items()}
@@ -230,7 +245,11 @@ class ForwardPass:
             tokens, inputs, batch = self._tokens, self._inputs, self._batch
             assert tokens is not None
             assert batch is not None
-            assert inputs is not None, "decoder layer 0 did not run"
+            if inputs is None:
+                raise RuntimeError(
+                    "the hook on decoder layer 0 was not called: if the model is compiled, attach before its first "
+                    "call, or call torch._dynamo.reset() after attaching."
+                )
             empty = tokens.n_images == 0
             anchor = self.source.empty(inputs.device) if empty else self.source(inputs, tokens, batch, self._extra)
             if self._control is not None:  # also without pictures: other processes may ask for theirs

@@ -110,7 +110,7 @@ class Handle(TrainerCallback):
         """
         summed = self._forward.loss_sum
         if summed is None:
-            return torch.zeros((), device=self.predictors.steps.device)
+            return torch.zeros((), device=next(self.vlm.layers.parameters()).device)
         loss = self._coefficient() * summed
         return loss.detach() if self.inject else loss
 
@@ -204,7 +204,9 @@ class Handle(TrainerCallback):
     # ---- proof of life ---------------------------------------------------------------------------------------------
 
     def assert_alive(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check, after a backward and before the optimizer step, that the predictive loss trains something.
+        """Check, after the backwards and before the optimizer step, that the predictive loss trains something.
+
+        It looks at the latest forward of the step that had pictures.
 
         Raises:
             DeadLossError: see `keepsight.pre.life.assert_alive`.
@@ -212,7 +214,7 @@ class Handle(TrainerCallback):
         if not self.config.active:
             return
         assert_alive(
-            self.seen,
+            self._forward.life or self.seen,
             self.predictors.heads.values(),
             optimizer,
             layers=self.layers,
@@ -233,8 +235,7 @@ class Handle(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
-        seen = self.seen
-        if not self._alive and seen is not None and (seen.images > 0 or seen.had_pixels):
+        if not self._alive and self._forward.life is not None:
             self.assert_alive(kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -285,8 +286,7 @@ class Handle(TrainerCallback):
     def _stepped(self) -> None:
         """An optimizer that holds the head has taken a step."""
         predictors = self.predictors
-        self._forward.step += 1
-        self._forward.in_step = 0
+        self._forward.stepped()
         predictors.steps += 1
         predictors.commit_statistics()
         if predictors.teacher is not None:

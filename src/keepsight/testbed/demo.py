@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from keepsight import report
 from keepsight.evaluation.vqa import text_only_prior
 from keepsight.pre import PReConfig
+from keepsight.results import make_folder, write_file
 from keepsight.testbed._bars import TrainingBar, progress
 from keepsight.testbed._inside import bare_questions, look_inside, print_answers
 from keepsight.testbed.folders import remove_folder, write_folder
@@ -21,6 +24,7 @@ from keepsight.training.config import DataConfig, ModelConfig, StageConfig, Trai
 from keepsight.training.recipe import train
 
 ARMS = (("without PRe", 0.0), ("with PRe", 0.5))
+MARK, REPORT = "demo.txt", "report.html"
 _TRAIN_WORLD, _TEST_WORLD = 5000, 6000  # seeds of scenes, the demo's own added; pretraining uses others
 
 
@@ -80,7 +84,7 @@ def run(
         if steps < 1:
             raise ValueError(f"steps is {steps}; the demo needs at least 1.")
         size = Size(steps, size.batch, size.turns, min(size.diagnosed, 240 + 10 * steps), min(size.asked, 5 + steps))
-    _check_vacant(out, overwrite)
+    _claim(out, overwrite)
     transformers_logging.disable_progress_bar()
 
     console.print(
@@ -92,8 +96,6 @@ def run(
         train_scenes = draw_scenes(_TRAIN_WORLD + seed, size.steps * size.batch)
         test_scenes = draw_scenes(_TEST_WORLD + seed, max(size.diagnosed, size.asked))
         data = out / "data"
-        if data.is_dir():  # of a demo that is replaced, or was stopped: perhaps of another seed or length
-            remove_folder(data)
         write_folder(data, train_scenes, turns=size.turns)
         model, processor = build_vlm(language, seed)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -119,11 +121,11 @@ def run(
             runs.append(look_inside(arm, model, processor, diagnosed, asked, turns=size.turns, prior=prior, seed=seed))
             bar.update(looking, total=1, completed=1)
 
-    path = report.build(runs, out / "report.html", "What a tiny LLaVA still sees, without and with PRe")
+    path = report.build(runs, out / REPORT, "What a tiny LLaVA still sees, without and with PRe")
     console.print(report.table(runs))
     print_answers(console, runs)
-    console.print(f"\n[bold]{report.verdict(runs)}[/bold]")
-    console.print(f"\nReport: {path}")
+    console.print(f"\n[bold]{escape(report.verdict(runs))}[/bold]")
+    console.print(f"\nReport: {path}", markup=False)
     return path
 
 
@@ -152,9 +154,28 @@ def _folder(out: Path, name: str) -> Path:
     return out / name.lower().replace(" ", "-")
 
 
-def _check_vacant(out: Path, overwrite: bool) -> None:
-    for name, _ in ARMS:
-        if (_folder(out, name) / "run.json").is_file() and not overwrite:
-            raise FileExistsError(
-                f"'{out}' holds a demo already. Choose another folder with --out, or pass --overwrite to replace it."
-            )
+def _claim(out: Path, overwrite: bool) -> None:
+    """Make the folder the demo's own; of a demo that is replaced, or was stopped, only what a demo writes goes.
+
+    Raises:
+        FileExistsError: it holds a demo and `overwrite` is off, or anything else.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"'{out}' is a file; choose a folder with --out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise FileExistsError(
+            f"'{out}' is not empty and holds no keepsight demo; nothing was touched. Choose a new or empty folder with "
+            "--out."
+        )
+    arms = [_folder(out, name) for name, _ in ARMS]
+    if (out / REPORT).is_file() and not overwrite:
+        raise FileExistsError(
+            f"'{out}' holds a demo already. Choose another folder with --out, or pass --overwrite to replace it."
+        )
+    if (out / "data").is_dir():
+        remove_folder(out / "data")
+    for arm in arms:
+        if arm.is_dir():
+            shutil.rmtree(arm)
+    make_folder(out)
+    write_file(out / MARK, "Written by keepsight demo, which may replace what it wrote here.\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
 from keepsight.testbed.scenes import ASKED, UNASKED, Scene
 
 _WRITTEN = frozenset({"images", "masks", "captions.json", "questions.json", "labels.json"})
+_PICTURE = re.compile(r"\d+-\d{6}\.png")  # what `_name` makes of a scene
 
 
 def _name(scene: Scene) -> str:
@@ -75,7 +77,11 @@ def remove_folder(folder: Path) -> None:
     Raises:
         FileExistsError: the folder holds anything else; nothing is removed then.
     """
-    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in _WRITTEN):
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _WRITTEN)
+    for part in ("images", "masks"):
+        if (folder / part).is_dir():
+            foreign += sorted(p.name for p in (folder / part).iterdir() if not _PICTURE.fullmatch(p.name))
+    if foreign:
         raise FileExistsError(
             f"'{folder}' holds files that are not the testbed's ({', '.join(foreign[:3])}); nothing was removed. "
             "Choose another folder, or move them away"

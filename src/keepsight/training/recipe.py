@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
+from keepsight.images import ImageError
 from keepsight.pre import Handle, attach
 from keepsight.results import RUN_FILE, RunDirectory, fingerprint, write_file
 from keepsight.training.arguments import STAGES, training_arguments
@@ -26,12 +28,18 @@ from keepsight.training.collator import Collator
 from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from keepsight.training.conversations import ConversationSource
 from keepsight.training.data import ConversationDataset, load_source
-from keepsight.training.encode import Encoder
+from keepsight.training.encode import CutError, Encoder
 from keepsight.training.freeze import train_only
 from keepsight.training.trainer import PReTrainerMixin
 from keepsight.vlm.load import load_model
 
 CURVES = "curves.jsonl"
+_FREE = {
+    "label",
+    "out",
+    "save_steps",
+    "skip_broken",
+}  # may differ when a run goes on: they do not change what it learns
 MODEL = "model"
 
 
@@ -128,6 +136,16 @@ def train(
             trainer.remove_callback(PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except (ImageError, CutError) as error:
+            kept = latest(Path(config.out) / STAGES / name)
+            if kept is not None:
+                raise type(error)(f"{error} What was trained is kept: repeat the command with --resume.") from error
+            if run is not None and not resuming and not curves:
+                trainer.state.log_history = []
+                shutil.rmtree(run.path / STAGES, ignore_errors=True)
+                _undo(run)
+                run = None
+            raise
         finally:
             curves += _curves(name, trainer.state.log_history)
             if run is not None:
@@ -224,7 +242,7 @@ def _reopen(config: TrainConfig) -> RunDirectory:
         ValueError: if it was started with another configuration.
     """
     run = RunDirectory.open(config.out)
-    different = run.differences(config)
+    different = {name: both for name, both in run.differences(config).items() if name not in _FREE}
     if different:
         listed = "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(different.items())[:5])
         raise ValueError(
@@ -233,6 +251,7 @@ def _reopen(config: TrainConfig) -> RunDirectory:
         )
     for name in config.stages():
         remove_halves(run.path / STAGES / name)
+    run.write_config(config)
     return run
 
 

@@ -92,6 +92,10 @@ class PReTrainerMixin:
         if not (model.training and torch.is_grad_enabled()):
             return result
         loss, outputs = result if return_outputs else (result, None)
+        if not loss.requires_grad:
+            # A micro-batch of text alone while only the projector or the encoder learns: nothing to learn, no crash.
+            learning = [p for p in self.pre.vlm.base.parameters() if p.requires_grad]
+            loss = loss + 0.0 * torch.stack([p.sum().to(loss) for p in learning]).sum()
         # What the trainer will still do to this number: divide by the accumulation steps unless the LM loss was
         # normalised over the step already; DistributedDataParallel averages gradients over processes.
         divisor = 1 if self._normalised_over_step(num_items_in_batch) else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]

@@ -30,11 +30,21 @@ class Capture:
         self.mask: Tensor | None = None
         self._sink = sink
         self._index: Tensor | None = None  # flat positions; None = disarmed
+        self._taken: set[int] = set()
 
     def _arm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.mask = self.vlm.visual_mask(self.vlm.bind(args, kwargs)["input_ids"])
         self._index = self.mask.flatten().nonzero(as_tuple=True)[0]
         self.states = {}
+        self._taken = set()
+
+    def _check(self, *_: Any) -> None:
+        missing = sorted(set(self.layers) - self._taken)
+        if missing:
+            raise RuntimeError(
+                f"the hooks on layers {missing} were not called: if the model is compiled, capture around its first "
+                "call, or call torch._dynamo.reset() inside the `with` block."
+            )
 
     def _disarm(self, *_: Any) -> None:
         # Layers recomputed by gradient checkpointing during the backward must not be captured a second time.
@@ -43,6 +53,7 @@ class Capture:
     def _take(self, layer: int, hidden: Tensor) -> None:
         if self._index is None:
             return
+        self._taken.add(layer)
         tokens = hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))  # [T, d]
         if self._sink is None:
             self.states[layer] = tokens
@@ -72,10 +83,12 @@ def capture(vlm: Vlm, layers: Iterable[int | str], sink: Sink | None = None) -> 
 
     Raises:
         ValueError: for a layer that does not exist; at the forward, when the model is called without ``input_ids``.
+        RuntimeError: at the forward, when a compiled model passes the hooks by.
     """
     taken = Capture(vlm, layers, sink)
     hooks = [
         vlm.core.register_forward_pre_hook(taken._arm, with_kwargs=True),
+        vlm.core.register_forward_hook(taken._check),
         vlm.core.register_forward_hook(taken._disarm, always_call=True),
     ]
     for layer in taken.layers:

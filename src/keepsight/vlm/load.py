@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from keepsight.vlm.view import Vlm
@@ -38,7 +39,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: if a local path does not exist.
-        LoadError: if it is no image-text-to-text model, has no safetensors weights, or no usable processor.
+        LoadError: if it is no image-text-to-text model, has no safetensors weights or lacks some of them, or no usable
+            processor.
         ValueError: from `Vlm`, if the family has no visual tokens to follow.
     """
     place = model_folder(path)
@@ -52,16 +54,25 @@ def load_model(
             "AutoModelForImageTextToText knows, such as LLaVA, Qwen2.5-VL, InternVL, Gemma 3 or SmolVLM; to build one "
             "from an encoder and a language model, use `keepsight.vlm.assemble`."
         )
+    loaded: Any
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        loaded = AutoModelForImageTextToText.from_pretrained(
             place,
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise LoadError(_hint(place, "it has no safetensors weights that can be read", cause)) from cause
+    model, report = loaded
+    absent = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if absent:
+        raise LoadError(
+            f"'{place}' lacks {len(absent)} weights of {type(model).__name__}, or has them in another shape (first: "
+            f"{absent[0]}); they would be random, and so every number. Use a complete checkpoint."
+        )
     Vlm(model)
     return model.eval(), load_processor(place, trust_remote_code=trust_remote_code)
 
