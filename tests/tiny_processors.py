@@ -174,7 +174,7 @@ def make_gemma(tokens: int = 4) -> Gemma3Processor:
     )
 
 
-def make_llava_next() -> LlavaNextProcessor:
+def make_llava_next(patch: int = 8) -> LlavaNextProcessor:
     """Several tiles a picture, as many as its shape asks for."""
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
@@ -183,7 +183,7 @@ def make_llava_next() -> LlavaNextProcessor:
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
         ),
         tokenizer=make_tokenizer(),
-        patch_size=8,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),

@@ -132,7 +132,7 @@ class ForwardPass:
         batch = self.vlm.bind(args, kwargs)
         mask = self.vlm.visual_mask(batch["input_ids"])
         self._tokens = self.vlm.image_tokens(batch)
-        self._index = mask.flatten().nonzero(as_tuple=True)[0]
+        self._index = self._tokens.batch_row * mask.shape[1] + self._tokens.position
         self._batch = batch
         self._skipped = int((~mask.any(dim=1)).sum())
         self._had_pixels = batch.get("pixel_values") is not None
