@@ -168,7 +168,13 @@ class ForwardPass:
             self.loss_sum = self._loss_of(self.layers)
             if dist.is_available() and dist.is_initialized():
                 zero = self.loss_sum if self.images else self.loss_sum + self._unused()
-                output.last_hidden_state = connected(output.last_hidden_state, zero)
+                for name in (
+                    "last_hidden_state",
+                    "logits",
+                    "loss",
+                ):  # the latter two in Llama 4, whose core has the head
+                    if getattr(output, name, None) is not None:
+                        setattr(output, name, connected(getattr(output, name), zero))
         self.in_step += 1
         self._disarm()
         self._extra = {}
