@@ -15,6 +15,8 @@ from transformers import (
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     GotOcr2ImageProcessorPil,
+    Idefics2ImageProcessorPil,
+    Idefics2Processor,
     InternVLProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
@@ -171,6 +173,17 @@ def make_gemma(tokens: int = 4) -> Gemma3Processor:
         tokenizer=make_tokenizer(image, opening, closing, boi_token=opening, eoi_token=closing),
         image_seq_length=tokens,
         chat_template=TEMPLATE.replace("IMAGE", opening),
+    )
+
+
+def make_idefics2(**changes: Any) -> Idefics2Processor:
+    """Four queries of a resampler a picture."""
+    size = {"shortest_edge": 16, "longest_edge": 16}
+    return Idefics2Processor(
+        image_processor=Idefics2ImageProcessorPil(size=size, **{"do_image_splitting": False, **changes}),
+        tokenizer=make_tokenizer(image_boundary_token=SMOLVLM[90]),
+        image_seq_len=4,
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
     )
 
 

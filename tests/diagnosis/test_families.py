@@ -21,7 +21,7 @@ from keepsight.diagnosis import Diagnosis, diagnose
 from keepsight.diagnosis.probe import fit_probes
 from tests import tiny, tiny_processors
 from tests.diagnosis.world import states_alone
-from tests.families import llava_next
+from tests.families import idefics2, llava_next
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 SCOPES = ("all", "tiles", "thumbnail")
@@ -294,3 +294,19 @@ def test_crops_that_are_pictures_of_their_own_are_named() -> None:
     drawn = [picture(i, 32, 16)[0] for i in range(2)]
     with pytest.raises(ValueError, match=r"made 6 pictures of 2; the prompt .* set do_pan_and_scan=False \(Gemma 3\)"):
         diagnose(tiny.gemma(), processor, drawn, progress=False)
+
+
+def test_a_resamplers_queries_are_diagnosed_without_masks() -> None:
+    model, processor = idefics2()[0], tiny_processors.make_idefics2()
+    drawn = [picture(i, 16, 16) for i in range(9)]
+    images = [image for image, _ in drawn]
+    result = diagnose(model, processor, images, labels=["a", "b", "c"] * 3, batch_size=4, progress=False)
+    expected = np.mean([float(states_alone(model, processor, image)[2].norm(dim=1).mean()) for image in images])
+    (found,) = (r.value for r in result.rows if (r.metric, r.layer, r.tokens) == ("token_norm", 2, "all"))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert {"probe_accuracy", "entropy_rank"} <= {r.metric for r in result.rows}
+    with pytest.raises(ValueError, match=r"'idefics2': its visual tokens come out of a resampler .* Leave masks out"):
+        diagnose(model, processor, images, masks=[mask for _, mask in drawn], progress=False)
+    splitting = tiny_processors.make_idefics2(do_image_splitting=True)
+    with pytest.raises(ValueError, match=r"made 40 pictures of 8; .* or do_image_splitting=False \(Idefics2\)"):
+        diagnose(model, splitting, images, batch_size=9, progress=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import keepsight
 from keepsight.vlm import Vlm
@@ -21,15 +22,15 @@ BEFORE_THE_DECODER = ("pre_projector", "encoder", "moving_average")
 TEXT = """# Which model families work
 
 Written by `python -m tests.pre.test_support --write` from tiny random models of every family, and tested to be what
-they say. Each trains two steps under `attach`, and the loss equals the formula recomputed from transformers' own hidden
-states (`tests/pre/test_support.py`). Architectures are tested, not published checkpoints.
+they say. Each trains two steps under `attach` and one under DDP; the loss equals the formula recomputed from
+transformers' own hidden states (`tests/pre/test_support.py`). Architectures are tested, not published checkpoints.
 
 - **PRe**: what a prediction is made for, with the anchor `pre_llm`.
 - **Other anchors**: with which a training step runs as well. `external` needs what masks need.
 - **Masks**: whether it is known which part of the picture each visual token stands for; tested by planting an odd patch
-  in the pixels, which must move that token and no other (`tests/vlm/test_places.py`). Without, `diagnose` leaves out
-  only what is about objects. Tested with the families' own processors: LLaVA, LLaVA-NeXT, Qwen2.5-VL, InternVL,
-  SmolVLM, Gemma 3 (`tests/diagnosis/test_families.py`).
+  in the pixels, which must move that token and no other (`tests/vlm/test_places.py`). Without, `diagnose` takes no
+  masks; the rest of it works. Tested with the families' own processors: LLaVA, LLaVA-NeXT, Qwen2.5-VL, InternVL,
+  SmolVLM, Gemma 3, Idefics2 (`tests/diagnosis/test_families.py`).
 
 | family | `model_type` | PRe | other anchors | masks | remarks |
 |---|---|---|---|---|---|
@@ -78,6 +79,28 @@ def test_two_steps_of_training(name):
     moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert moved
     assert all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point())
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", WORKING)
+def test_a_step_under_ddp(name):
+    family = FAMILIES[name]
+    model, batch = family.make()
+    model.train()
+    handle = keepsight.attach(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    for inputs in (batch, {"input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])}):  # and without a picture
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 90, -100)
+        (wrapped(**inputs, labels=labels).loss + handle.loss).backward()
+        assert handle.tokens == (sum(family.tokens) if inputs is batch else 0)
+    assert float(handle.head.up.weight.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("name", REFUSED)
