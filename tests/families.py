@@ -27,6 +27,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     Mistral3Config,
     MistralConfig,
@@ -93,6 +94,19 @@ def llava_next(seed: int = 0) -> tuple[Any, Batch]:
         text_config=LlamaConfig(**TEXT),
         vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
         image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    return build(config, seed), newline_tiles(seed)
+
+
+def llava_next_video(seed: int = 0) -> tuple[Any, Batch]:
+    config = LlavaNextVideoConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+        image_token_index=IMAGE,
+        video_token_index=96,
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -483,6 +497,9 @@ FAMILIES = {
     "Pixtral": Family("llava", pixtral, (16, 8, 8), "pictures keep their shape"),
     "LLaVA-NeXT": Family(
         "llava_next", llava_next, (80, 32, 32), "newline tokens left out; the mosaic counts as one tile"
+    ),
+    "LLaVA-NeXT-Video": Family(
+        "llava_next_video", llava_next_video, (80, 32, 32), "pictures as in LLaVA-NeXT; films are not visual tokens"
     ),
     "LLaVA-OneVision": Family(
         "llava_onevision", llava_onevision, (80, 32, 32), "newline tokens left out; the mosaic counts as one tile"
