@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AyaVisionConfig,
     CLIPVisionConfig,
@@ -22,7 +23,6 @@ from transformers import (
     Idefics2Config,
     Idefics3Config,
     JanusConfig,
-    Kimi_K25Config,
     Llama4Config,
     LlamaConfig,
     LlavaConfig,
@@ -37,7 +37,6 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2Config,
     Qwen2VLConfig,
-    Qwen3_5Config,
     Qwen3VLConfig,
     SiglipVisionConfig,
     VipLlavaConfig,
@@ -264,7 +263,7 @@ def qwen3_vl(seed: int = 0) -> tuple[Any, Batch]:
 
 
 def qwen3_5(seed: int = 0) -> tuple[Any, Batch]:
-    config = Qwen3_5Config(
+    config = transformers.Qwen3_5Config(
         text_config={
             **TEXT,
             "head_dim": 8,
@@ -309,7 +308,7 @@ def glm4v(seed: int = 0) -> tuple[Any, Batch]:
 
 
 def kimi_k25(seed: int = 0) -> tuple[Any, Batch]:
-    config = Kimi_K25Config(
+    config = transformers.Kimi_K25Config(
         text_config={
             **TEXT,
             "model_type": "deepseek_v3",
@@ -547,3 +546,7 @@ FAMILIES = {
         "florence2", florence2, refused="its visual tokens go to the BART encoder, not to the decoder"
     ),
 }
+# Families that came after transformers 5.0.
+UNKNOWN = [name for name, family in FAMILIES.items() if family.model_type not in transformers.CONFIG_MAPPING]
+WORKING = [name for name, family in FAMILIES.items() if not family.refused and name not in UNKNOWN]
+REFUSED = [name for name, family in FAMILIES.items() if family.refused]

@@ -12,12 +12,10 @@ import torch.distributed as dist
 import keepsight
 from keepsight.vlm import Vlm
 from keepsight.vlm.geometry import token_pixels
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, REFUSED, UNKNOWN, WORKING, Family
 from tests.tiny import IMAGE
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-WORKING = [name for name, family in FAMILIES.items() if not family.refused]
-REFUSED = [name for name, family in FAMILIES.items() if family.refused]
 BEFORE_THE_DECODER = ("pre_projector", "encoder", "moving_average")
 TEXT = """# Which model families work
 
@@ -159,6 +157,7 @@ def page() -> str:
     return TEXT + "\n".join(rows) + "\n"
 
 
+@pytest.mark.skipif(bool(UNKNOWN), reason=f"this release of transformers does not know {UNKNOWN}")
 def test_the_page_is_what_the_models_say():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.pre.test_support --write"
 
