@@ -15,6 +15,8 @@ from transformers import (
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     GotOcr2ImageProcessorPil,
+    Idefics2ImageProcessorPil,
+    Idefics2Processor,
     InternVLProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
@@ -174,7 +176,18 @@ def make_gemma(tokens: int = 4) -> Gemma3Processor:
     )
 
 
-def make_llava_next() -> LlavaNextProcessor:
+def make_idefics2(**changes: Any) -> Idefics2Processor:
+    """Four queries of a resampler a picture."""
+    size = {"shortest_edge": 16, "longest_edge": 16}
+    return Idefics2Processor(
+        image_processor=Idefics2ImageProcessorPil(size=size, **{"do_image_splitting": False, **changes}),
+        tokenizer=make_tokenizer(image_boundary_token=SMOLVLM[90]),
+        image_seq_len=4,
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+
+
+def make_llava_next(patch: int = 8) -> LlavaNextProcessor:
     """Several tiles a picture, as many as its shape asks for."""
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
@@ -183,7 +196,7 @@ def make_llava_next() -> LlavaNextProcessor:
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
         ),
         tokenizer=make_tokenizer(),
-        patch_size=8,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),

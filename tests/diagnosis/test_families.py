@@ -21,6 +21,7 @@ from keepsight.diagnosis import Diagnosis, diagnose
 from keepsight.diagnosis.probe import fit_probes
 from tests import tiny, tiny_processors
 from tests.diagnosis.world import states_alone
+from tests.families import idefics2, llava_next
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 SCOPES = ("all", "tiles", "thumbnail")
@@ -44,12 +45,17 @@ def tiled(width: int, height: int) -> tuple[list[Box], list[Box]]:
     return boxes, grid(0, 0, width, height, 2, 2) if len(tiles) > 1 else []
 
 
+def mosaic(width: int, height: int) -> tuple[list[Box], list[Box]]:
+    """The picture in 4 × 4 pixels a token, whatever its tiles; the whole in 4 × 4 tokens comes first."""
+    return grid(0, 0, width, height, width // 4, height // 4), grid(0, 0, width, height, 4, 4)
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny model and its processor.
 
-    boxes: of a picture of this width and height, which part each token shows: of the tiles, then of the thumbnail;
-    sizes: of the pictures; unequal: whether they have different numbers of tokens.
+    boxes: of a picture of this width and height, which part each token shows: of the tiles, and of the thumbnail;
+    sizes: of the pictures; unequal: whether they have different numbers of tokens; whole_first: the thumbnail's place.
     """
 
     model: Callable[[], Any]
@@ -57,6 +63,12 @@ class Family:
     boxes: Callable[[int, int], tuple[list[Box], list[Box]]]
     sizes: tuple[tuple[int, int], ...]
     unequal: bool = True
+    whole_first: bool = False
+
+    def laid_out(self, width: int, height: int) -> list[tuple[Box, bool]]:
+        """In the order of the tokens, the boxes and whether they are of the thumbnail."""
+        tiles, thumbnail = ([(box, whole) for box in part] for whole, part in enumerate(self.boxes(width, height)))
+        return thumbnail + tiles if self.whole_first else tiles + thumbnail
 
 
 FAMILIES = {
@@ -78,6 +90,13 @@ FAMILIES = {
         tiny_processors.make_internvl,
         tiled,
         ((32, 32), (16, 16), (32, 16), (16, 32)),
+    ),
+    "llava-next": Family(
+        lambda: llava_next()[0],
+        lambda: tiny_processors.make_llava_next(patch=4),
+        mosaic,
+        ((32, 32), (32, 8), (16, 32)),  # the second is padded to 32 × 16
+        whole_first=True,
     ),
     "smolvlm": Family(lambda: tiny.smolvlm()[0], tiny_processors.make_smolvlm, tiled, ((32, 32), (32, 16), (16, 32))),
     "gemma3": Family(
@@ -163,10 +182,9 @@ def case(request: pytest.FixtureRequest, side: str, patch: pytest.MonkeyPatch) -
 
 def scopes_of(family: Family, image: Image.Image, states: torch.Tensor) -> dict[str, torch.Tensor]:
     """Which tokens [N] each scope takes; tiles and thumbnail only of pictures that have both."""
-    tiles, thumbnail = family.boxes(*image.size)
-    assert states.shape[1] == len(tiles) + len(thumbnail)
-    is_thumbnail = torch.arange(states.shape[1]) >= len(tiles)
-    apart = torch.tensor(bool(thumbnail))
+    is_thumbnail = torch.tensor([bool(whole) for _, whole in family.laid_out(*image.size)])
+    assert states.shape[1] == len(is_thumbnail)
+    apart = is_thumbnail.any()
     return {"all": torch.ones_like(is_thumbnail), "tiles": ~is_thumbnail & apart, "thumbnail": is_thumbnail}
 
 
@@ -176,8 +194,8 @@ def members(family: Family, image: Image.Image, mask: np.ndarray, split: bool) -
     for value in np.unique(mask[mask > 0]):
         labels, parts = ndimage.label(mask == value, np.ones((3, 3))) if split else (mask == value, 1)
         objects += [labels == part for part in range(1, parts + 1)]
-    tiles, thumbnail = family.boxes(*image.size)
-    rows = [[area[t:b, left:r].mean() >= 0.5 for left, t, r, b in tiles + thumbnail] for area in objects]
+    boxes = [box for box, _ in family.laid_out(*image.size)]
+    rows = [[area[t:b, left:r].mean() >= 0.5 for left, t, r, b in boxes] for area in objects]
     return torch.tensor(np.array(rows))
 
 
@@ -276,3 +294,19 @@ def test_crops_that_are_pictures_of_their_own_are_named() -> None:
     drawn = [picture(i, 32, 16)[0] for i in range(2)]
     with pytest.raises(ValueError, match=r"made 6 pictures of 2; the prompt .* set do_pan_and_scan=False \(Gemma 3\)"):
         diagnose(tiny.gemma(), processor, drawn, progress=False)
+
+
+def test_a_resamplers_queries_are_diagnosed_without_masks() -> None:
+    model, processor = idefics2()[0], tiny_processors.make_idefics2()
+    drawn = [picture(i, 16, 16) for i in range(9)]
+    images = [image for image, _ in drawn]
+    result = diagnose(model, processor, images, labels=["a", "b", "c"] * 3, batch_size=4, progress=False)
+    expected = np.mean([float(states_alone(model, processor, image)[2].norm(dim=1).mean()) for image in images])
+    (found,) = (r.value for r in result.rows if (r.metric, r.layer, r.tokens) == ("token_norm", 2, "all"))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert {"probe_accuracy", "entropy_rank"} <= {r.metric for r in result.rows}
+    with pytest.raises(ValueError, match=r"'idefics2': its visual tokens come out of a resampler .* Leave masks out"):
+        diagnose(model, processor, images, masks=[mask for _, mask in drawn], progress=False)
+    splitting = tiny_processors.make_idefics2(do_image_splitting=True)
+    with pytest.raises(ValueError, match=r"made 40 pictures of 8; .* or do_image_splitting=False \(Idefics2\)"):
+        diagnose(model, splitting, images, batch_size=9, progress=False)

@@ -41,6 +41,8 @@ def states_alone(model: Any, processor: Any, image: Image.Image) -> torch.Tensor
         hidden = model(**inputs, output_hidden_states=True).hidden_states
     hook.remove()
     visual = inputs["input_ids"][0] == IMAGE
+    if hasattr(model.model, "image_newline"):
+        visual &= ~(hidden[0][0] == model.model.image_newline).all(dim=-1)
     return torch.stack([*(state[0, visual] for state in hidden[:-1]), last[0][0, visual]])
 
 

@@ -12,6 +12,8 @@ from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     GotOcr2ImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
     Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
@@ -19,6 +21,7 @@ from transformers import (
 
 from keepsight.vlm import ImageTokens, Vlm, capture
 from keepsight.vlm.geometry import patch_coverage
+from tests.families import PINPOINTS, llava_next, llava_onevision
 from tests.tiny import CLOSE, FAMILIES, IMAGE, OPEN
 
 FIXED = {"height": 16, "width": 16}
@@ -80,6 +83,14 @@ TILED = {
 }
 
 
+NEWLINES = {
+    "llava-next": LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=FIXED, image_grid_pinpoints=PINPOINTS
+    ),
+    "llava-onevision": LlavaOnevisionImageProcessorPil(size=FIXED, image_grid_pinpoints=PINPOINTS),
+}
+
+
 def pictures_only(image_processor: Any) -> Callable[..., Any]:
     """A processor of which only the pictures matter: no text, no tokenizer."""
     return lambda images, text, return_tensors, images_kwargs: image_processor(
@@ -89,7 +100,7 @@ def pictures_only(image_processor: Any) -> Callable[..., Any]:
 
 def silenced(family: str) -> Vlm:
     """The tiny model with the vision encoder's attention output set to zero: every patch sees itself alone."""
-    model, _ = FAMILIES[family]()
+    model, _ = {**FAMILIES, "llava-next": llava_next, "llava-onevision": llava_onevision}[family]()
     encoder = model.get_encoder(modality="image")
     silent = 0
     for name, module in encoder.named_modules():
@@ -161,6 +172,64 @@ def test_tiles_and_thumbnail_are_told_apart(family):
     # The thumbnail squeezes 16 × 32 into a square: the object fills half of its lower right token.
     assert coverage[tokens.thumbnail].tolist() == pytest.approx([0, 0, 0, 0.5], abs=0.13)
     assert sum(coverage[tokens.thumbnail]) == pytest.approx(0.5, abs=0.1)
+
+
+# Height and width of a picture; then the mosaic's tokens, and the picture's pixels left and above of the first of them.
+# A mosaic of two tiles has 4 × 8 tokens of 4 × 4 pixels. Of a picture 8 pixels high, the first and last row of tokens
+# are padding; of one 10 pixels high, they hold one row of the picture each, and are cut off with the padding.
+@pytest.mark.parametrize("family", NEWLINES)
+@pytest.mark.parametrize(
+    ("size", "grid", "start"),
+    [((32, 32), (8, 8), (0, 0)), ((8, 32), (2, 8), (0, 0)), ((32, 8), (8, 2), (0, 0)), ((10, 32), (2, 8), (0, 1))],
+)
+def test_mosaics_without_padding_and_newlines(family, size, grid, start):
+    vlm = silenced(family)
+    case = Case(NEWLINES[family], lambda _: [IMAGE] * (16 + grid[0] * (grid[1] + 1)))
+    left, top = start
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            mask = np.zeros(size, np.uint8)
+            mask[top + 4 * row :, left + 4 * column :][:4, :4] = 1
+            moved, coverage, tokens = planted(vlm, case, mask)
+            assert tokens.grids == (((4, 4), grid),)
+            # The whole comes first; then a newline after each row.
+            assert tokens.position.tolist() == [
+                *range(1, 17),
+                *(17 + (grid[1] + 1) * r + c for r in range(grid[0]) for c in range(grid[1])),
+            ]
+            assert torch.equal(tokens.thumbnail, torch.arange(len(coverage)) < 16)
+            in_mosaic = [i for i in moved if not tokens.thumbnail[i]]
+            assert [(int(tokens.tile[i]), int(tokens.row[i]), int(tokens.column[i])) for i in in_mosaic] == [
+                (1, row, column)
+            ]
+            expected = torch.zeros(grid[0] * grid[1])
+            expected[row * grid[1] + column] = 1.0
+            assert torch.allclose(coverage[16:], expected, atol=1e-3)
+            # The whole is the picture squeezed into 16 × 16 pixels.
+            whole = coverage[:16].view(4, 4)
+            assert float(whole.sum() / 16) == pytest.approx(16 / (size[0] * size[1]), abs=0.02)
+
+
+@pytest.mark.parametrize("family", NEWLINES)
+def test_what_unpadding_cuts_off_is_in_the_whole_only(family):
+    vlm, case = silenced(family), Case(NEWLINES[family], lambda _: [IMAGE] * (16 + 2 * 9))
+    mask = np.zeros((10, 32), np.uint8)
+    mask[:1] = 1
+    moved, coverage, tokens = planted(vlm, case, mask)
+    assert moved
+    assert all(bool(tokens.thumbnail[i]) for i in moved)
+    assert float(coverage[16:].sum()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_large_mosaics_are_shrunk_as_the_model_shrinks_them():
+    vlm, case = silenced("llava-onevision"), Case(NEWLINES["llava-onevision"], lambda _: [IMAGE] * (16 + 5 * 6))
+    vlm.config.vision_aspect_ratio = "anyres_max_2"  # 8 × 8 tokens become 5 × 5
+    mask = np.zeros((32, 32), np.uint8)
+    mask[16:, :16] = 1
+    moved, coverage, tokens = planted(vlm, case, mask)
+    assert tokens.grids == (((4, 4), (5, 5)),)
+    assert set(moved) == set((coverage > 1e-6).nonzero().flatten().tolist())
+    assert (coverage[16:].view(5, 5) >= 0.5).nonzero().tolist() == [[3, 0], [3, 1], [4, 0], [4, 1]]
 
 
 def test_what_the_crop_cuts_off_covers_nothing():

@@ -2,10 +2,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig, LlavaNextConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 
 from keepsight.vlm import Vlm
-from tests.tiny import FAMILIES, IMAGE, TEXT, TOKENS, VISION, build, llava_clip_llama, smolvlm
+from keepsight.vlm.features import on_token_grid
+from keepsight.vlm.geometry import token_pixels
+from keepsight.vlm.grids import image_tokens
+from tests.families import aya_vision, idefics2, llama4, llava_next, llava_onevision, ovis2
+from tests.tiny import FAMILIES, IMAGE, TEXT, TOKENS, llava_clip_llama, sequences, smolvlm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,16 +65,69 @@ def test_families_out_of_scope_say_why(family, message):
         Vlm(model)
 
 
-def test_newline_tiles_are_an_error_that_names_what_is_missing():
-    config = LlavaNextConfig(
-        text_config=LlamaConfig(**TEXT),
-        vision_config={**VISION, "model_type": "clip_vision_model"},
-        image_token_index=IMAGE,
-    )
-    vlm = Vlm(build(config, 0))
-    ids = torch.tensor([[1, IMAGE, IMAGE, 2]])
-    with pytest.raises(ValueError, match="'llava_next': its tiles are separated by learned newline tokens"):
-        vlm.image_tokens({"input_ids": ids, "pixel_values": torch.zeros(1, 2, 3, 16, 16)})
+def test_newline_tiles_need_the_pictures_sizes():
+    model, batch = llava_next()
+    batch.pop("image_sizes")
+    with pytest.raises(ValueError, match="'llava_next': the batch holds image tokens but no 'image_sizes'"):
+        Vlm(model).image_tokens(batch)
+
+
+def test_newline_tiles_cut_off_are_an_error():
+    model, batch = llava_next()
+    with pytest.raises(ValueError, match=r"128 image tokens in the text, but .* make 162: .* cut by a max_length"):
+        Vlm(model).image_tokens({**batch, "input_ids": batch["input_ids"][:, :90]})
+
+
+def test_several_pictures_in_one_sample_of_llava_onevision_are_not_tiled():
+    model, batch = llava_onevision()
+    one = [IMAGE] * 17  # the whole, and a newline
+    batch |= sequences([1, *one, 5, *one, 6], [1, *[IMAGE] * 40, 9])
+    batch["batch_num_images"] = torch.tensor([2, 1])
+    vlm = Vlm(model)
+    with torch.no_grad():
+        model(**batch)  # the model counts as we do
+    tokens = vlm.image_tokens(batch)
+    assert tokens.grids == (((4, 4),), ((4, 4),), ((4, 4), (8, 2)))
+    assert tokens.counts().tolist() == [16, 16, 32]
+    assert tokens.position[:32].tolist() == [*range(1, 17), *range(19, 35)]
+    assert tokens.thumbnail.tolist() == [False] * 32 + [True] * 16 + [False] * 16
+
+
+def test_a_resamplers_queries_have_no_grid():
+    model, batch = idefics2()
+    vlm = Vlm(model)
+    tokens = vlm.image_tokens(batch)
+    assert tokens.grids == (((1, 4),),) * 3
+    assert tokens.column.tolist() == [0, 1, 2, 3] * 3
+    with pytest.raises(ValueError, match="'idefics2': its visual tokens come out of a resampler"):
+        token_pixels(vlm, batch)
+    with pytest.raises(ValueError, match="'idefics2': its projector holds a resampler"):
+        on_token_grid(vlm, torch.zeros(3, 16, 32), tokens, batch)
+    ids = batch["input_ids"].clone()
+    ids[:, 2] = 5
+    with pytest.raises(ValueError, match=r"pictures of \[3, 4\] image tokens, but the resampler"):
+        vlm.image_tokens({**batch, "input_ids": ids})
+
+
+@pytest.mark.parametrize("family", [aya_vision, llama4, ovis2])
+def test_tiles_cut_off_are_an_error(family):
+    model, batch = family()
+    with pytest.raises(ValueError, match=r"tiles in pixel_values, but \d runs of image tokens .* cut by a max_length"):
+        Vlm(model).image_tokens({name: value[:1] if name == "input_ids" else value for name, value in batch.items()})
+
+
+def test_tiles_that_would_pass_for_pictures_are_an_error():
+    config = SimpleNamespace(model_type="cohere2_vision")
+    batch = {"input_ids": torch.full((1, 32), IMAGE), "pixel_values": torch.zeros(2, 3, 16, 16)}
+    with pytest.raises(ValueError, match="'cohere2_vision': which tiles make a picture is missing"):
+        image_tokens(config, batch["input_ids"] == IMAGE, batch)
+
+
+def test_the_whole_of_tiles_comes_last_or_first():
+    model, batch = aya_vision()
+    assert Vlm(model).image_tokens(batch).thumbnail.tolist() == [False] * 8 + [True] * 4 + [False] * 8
+    model, batch = ovis2()
+    assert Vlm(model).image_tokens(batch).thumbnail.tolist() == [True] * 4 + [False] * 16 + [False] * 8
 
 
 def test_grids_that_are_not_square_are_an_error():

@@ -101,7 +101,7 @@ class Loader:
             raise ValueError(
                 f"the processor made {tokens.n_images} pictures of {len(images)}; the prompt {self.prompt[:60]!r} must "
                 "hold one image placeholder, and pictures must not be cut into crops that count as pictures of their "
-                "own: set do_pan_and_scan=False (Gemma 3)"
+                "own: set do_pan_and_scan=False (Gemma 3) or do_image_splitting=False (Idefics2)"
             )
         counts = tokens.counts().tolist()
         objects, owner, offset = [], [], 0

@@ -97,9 +97,17 @@ class AnchorSource:
 def _encoder_width(vlm: Vlm) -> int:
     """Channels of the projector's input."""
     vision = vlm.config.vision_config
-    # In Qwen2-VL's configuration `hidden_size` is the width after the merger.
-    width = int(vision.embed_dim if vlm.family == "qwen2_vl" else vision.hidden_size)
-    chosen = getattr(vlm.config, "vision_feature_layer", None)
+    # Names differ where the encoder ends in a layer of another width. Qwen2-VL's `hidden_size` is what comes out of the
+    # merger; of the others, it is not what goes into the merger or projector.
+    own = {
+        "qwen2_vl": "embed_dim",
+        "glm4v": "out_hidden_size",
+        "glm4v_moe": "out_hidden_size",
+        "got_ocr2": "output_channels",
+        "llama4": "vision_output_dim",
+    }
+    width = int(getattr(vision, own.get(vlm.family, "hidden_size")))
+    chosen = getattr(vlm.config, "vision_feature_layers", None) or getattr(vlm.config, "vision_feature_layer", None)
     if isinstance(chosen, (list, tuple)):  # their features stand side by side
         width *= len(chosen)
     if hasattr(vlm.config, "downsample_ratio"):  # InternVL shuffles pixels into channels before its projector

@@ -141,7 +141,7 @@ class ForwardPass:
         batch = self.vlm.bind(args, kwargs)
         mask = self.vlm.visual_mask(batch["input_ids"])
         self._tokens = self.vlm.image_tokens(batch)
-        self._index = mask.flatten().nonzero(as_tuple=True)[0]
+        self._index = self._tokens.batch_row * mask.shape[1] + self._tokens.position
         self._batch = batch
         self._skipped = int((~mask.any(dim=1)).sum())
         self._had_pixels = batch.get("pixel_values") is not None
@@ -176,7 +176,10 @@ class ForwardPass:
         if not self.inject:
             self.loss_sum = self._loss_of(self.layers)
             if dist.is_available() and dist.is_initialized():
-                output.last_hidden_state = connected(output.last_hidden_state, self.loss_sum + self._sharded_zero())
+                zero = self.loss_sum + self._sharded_zero()
+                for name in ("last_hidden_state", "logits", "loss"):  # the latter two where the core has the LM head
+                    if getattr(output, name, None) is not None:
+                        setattr(output, name, connected(getattr(output, name), zero))
         self.in_step += 1
         seen = Seen.mean(list(self.seen.values()))
         if seen.images or seen.had_pixels:

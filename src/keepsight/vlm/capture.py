@@ -20,21 +20,18 @@ class Capture:
     Attributes:
         states: ``{layer: [T, d]}`` of the latest forward, in the order of `Vlm.image_tokens`, still in the autograd
             graph if there is one; empty when a sink takes them.
-        mask: ``[B, S]`` bool, the visual positions of the latest forward.
     """
 
     def __init__(self, vlm: Vlm, layers: Iterable[int | str], sink: Sink | None) -> None:
         self.vlm = vlm
         self.layers = sorted({vlm.resolve_layer(layer) for layer in layers})
         self.states: dict[int, Tensor] = {}
-        self.mask: Tensor | None = None
         self._sink = sink
         self._index: Tensor | None = None  # flat positions; None = disarmed
         self._taken: set[int] = set()
 
     def _arm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mask = self.vlm.visual_mask(self.vlm.bind(args, kwargs)["input_ids"])
-        self._index = self.mask.flatten().nonzero(as_tuple=True)[0]
+        self._index = self.vlm.visual_index(self.vlm.bind(args, kwargs))
         self.states = {}
         self._taken = set()
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keepsight.vlm.grids import ImageTokens
+from keepsight.vlm.grids import ImageTokens, resampled
+from keepsight.vlm.newlines import NEWLINE_TILES, newline_tokens, packed
 from keepsight.vlm.view import Vlm, unwrap
 
 # Where families keep the module between encoder and decoder.
-_PROJECTORS = ("multi_modal_projector", "multimodal_projector", "connector", "aligner", "embed_vision")
+_PROJECTORS = ("multi_modal_projector", "multimodal_projector", "connector", "aligner", "embed_vision", "mm_projector")
 _INSIDE_ENCODER = ("merger",)
 
 
@@ -58,16 +59,21 @@ def image_features(vlm: Vlm, batch: dict[str, Any]) -> Tensor:
     known = {name: batch[name] for name in accepted if batch.get(name) is not None and name != "kwargs"}
     output = core.get_image_features(**known)
     features = getattr(output, "pooler_output", output)
+    if features is None:  # Llama 4 projects only after this
+        features = projector_of(vlm)(output.last_hidden_state)
     parts = list(features) if isinstance(features, (list, tuple)) else [features]
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    found = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    if vlm.family in NEWLINE_TILES:
+        found = found[~torch.cat(newline_tokens(core, batch)).to(found.device)]
+    return found
 
 
 def on_token_grid(vlm: Vlm, features: Tensor, tokens: ImageTokens, batch: dict[str, Any]) -> Tensor:
     """The projector's input, averaged over the patches that the projector merges into one visual token.
 
     Args:
-        features: as the projector gets them: ``[tiles, patches, d_v]``, or ``[patches, d_v]`` with the patches of one
-            token next to each other (Qwen-VL).
+        features: as the projector gets them: ``[tiles, patches, d_v]``; ``[tiles, d_v, rows, columns]``; or
+            ``[patches, d_v]``, with the patches of one token next to each other (Qwen-VL) or row by row (Mistral 3).
         tokens: the visual tokens of the batch.
 
     Returns:
@@ -76,14 +82,26 @@ def on_token_grid(vlm: Vlm, features: Tensor, tokens: ImageTokens, batch: dict[s
     Raises:
         ValueError: when patches and tokens do not fit.
     """
+    if resampled(vlm.config):
+        raise ValueError(
+            f"model family {vlm.family!r}: its projector holds a resampler whose visual tokens stand for no patch, so "
+            "patches have no token to be the anchor of; use the anchor 'pre_llm'."
+        )
+    if vlm.family in NEWLINE_TILES:
+        return torch.cat(packed(vlm.core, features, batch))
     count, width = len(tokens.image), features.shape[-1]
     if features.dim() == 2 or batch.get("image_grid_thw") is not None:
         flat = features.reshape(-1, width)
         if len(flat) % count:
             raise _unfit(vlm, features, count)
+        if batch.get("image_sizes") is not None:
+            flat = flat[block_order([picture[0] for picture in tokens.grids], vlm.config.spatial_merge_size)]
         merged = flat.view(count, -1, width).mean(dim=1)
         order = _window_order(encoder_of(vlm), batch)
         return merged if order is None else merged[order.argsort()]
+    if features.dim() == 4:
+        features = features.flatten(2).transpose(1, 2)
+        width = features.shape[-1]
     tiles, patches, _ = features.shape
     if count % tiles or patches % (count // tiles):
         raise _unfit(vlm, features, count)
@@ -94,6 +112,21 @@ def on_token_grid(vlm: Vlm, features: Tensor, tokens: ImageTokens, batch: dict[s
         square = features.transpose(1, 2).reshape(tiles, width, side, side)
         features = F.avg_pool2d(square, merge).flatten(2).transpose(1, 2)
     return features.reshape(count, width)
+
+
+def block_order(grids: Iterable[tuple[int, int]], merge: int) -> Tensor:
+    """Of patches that lie row by row, picture after picture, an order in which those of one token are neighbours.
+
+    Args:
+        grids: rows and columns of each picture's tokens. merge: patches a side that make a token.
+    """
+    found, start = [], 0
+    for rows, columns in grids:
+        size = rows * columns * merge**2
+        places = torch.arange(start, start + size).view(rows, merge, columns, merge)
+        found.append(places.transpose(1, 2).flatten())
+        start += size
+    return torch.cat(found)
 
 
 def _window_order(encoder: Any, batch: dict[str, Any]) -> Tensor | None:

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from keepsight.vlm.features import block_order
+from keepsight.vlm.grids import merge_side, resampled
+from keepsight.vlm.newlines import NEWLINE_TILES, packed, tile_counts
 from keepsight.vlm.view import Vlm
 
 BACKGROUND, IGNORE = 0, 255
@@ -73,31 +76,54 @@ def _painted(processor: Any, vlm: Vlm, picture: np.ndarray, prompt: str) -> Tens
 
 
 def token_pixels(vlm: Vlm, batch: dict[str, Any]) -> Tensor:
-    """Mean pixel of the area that each visual token stands for, ``[N, 3]``, of one picture's processed batch."""
-    pixels = batch["pixel_values"].float()
-    vision = vlm.config.vision_config
-    patch = _first(vision.patch_size)
-    if batch.get("image_grid_thw") is not None:
-        # [patches, 3 · frames · patch²], the patches of one token consecutive.
-        merge = vision.spatial_merge_size**2
-        return pixels.view(len(pixels) // merge, merge, 3, -1).mean(dim=(1, 3))
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])  # [tiles, 3, H, W]
-    per_side = _merged_patches(vlm)
-    height, width = (int(size) // patch for size in pixels.shape[-2:])
-    pixels = pixels[..., : height * patch, : width * patch]  # what is left over belongs to no patch
-    return F.avg_pool2d(pixels, patch * per_side).flatten(2).transpose(1, 2).flatten(0, 1)
+    """Mean pixel of the area that each visual token stands for, ``[N, 3]``, of one picture's processed batch.
 
-
-def _merged_patches(vlm: Vlm) -> int:
-    """How many patches a side one token of a fixed-grid family merges."""
+    Raises:
+        ValueError: for a family whose visual tokens stand for no area.
+    """
     config = vlm.config
+    if resampled(config):
+        raise ValueError(
+            f"model family {vlm.family!r}: its visual tokens come out of a resampler and stand for no part of the "
+            "picture, so neither masks nor an external anchor have tokens to fall on. Leave masks out, and use the "
+            "anchor 'pre_llm'."
+        )
+    pixels = batch["pixel_values"].float()
+    grid = batch.get("image_grid_thw")
+    if grid is not None:
+        # [patches, 3 · frames · patch²], the patches of one token consecutive; Kimi's row by row.
+        side = merge_side(config)
+        if hasattr(config.vision_config, "merge_kernel_size"):
+            pixels = pixels[block_order([(rows // side, columns // side) for _, rows, columns in grid.tolist()], side)]
+        return pixels.reshape(len(pixels) // side**2, side**2, 3, -1).mean(dim=(1, 3))
+    if vlm.family in NEWLINE_TILES:
+        tiles = [own[:count] for own, count in zip(pixels, tile_counts(config, batch), strict=True)]
+        return torch.cat(
+            packed(vlm.core, _patch_means(torch.cat(tiles), _first(config.vision_config.patch_size)), batch)
+        )
+    patch = _first(config.vision_config.patch_size) * _merged_patches(config)
+    return _patch_means(pixels.reshape(-1, *pixels.shape[-3:]), patch).flatten(0, 1)
+
+
+def _patch_means(tiles: Tensor, patch: int) -> Tensor:
+    """``[tiles, 3, H, W]`` → ``[tiles, patches, 3]``; what is left over at the edges belongs to no patch."""
+    return F.avg_pool2d(tiles, patch).flatten(2).transpose(1, 2)
+
+
+def _merged_patches(config: Any) -> int:
+    """How many patches a side one token of a fixed-grid family merges."""
+    vision = config.vision_config
     if hasattr(config, "mm_tokens_per_image"):  # Gemma3: average pooling to a fixed number of tokens
-        patches = config.vision_config.image_size // config.vision_config.patch_size
-        return patches // int(config.mm_tokens_per_image**0.5)
-    if hasattr(config, "downsample_ratio"):  # InternVL: pixel shuffle
-        return round(1 / config.downsample_ratio)
-    if hasattr(config, "scale_factor"):  # Idefics3, SmolVLM: pixel shuffle
-        return int(config.scale_factor)
+        return vision.image_size // vision.patch_size // int(config.mm_tokens_per_image**0.5)
+    if hasattr(config, "image_seq_length") and config.model_type == "got_ocr2":  # strided convolutions
+        return _first(vision.image_size) // _first(vision.patch_size) // int(config.image_seq_length**0.5)
+    # Pixel shuffle: InternVL, Llama 4, Idefics3 and SmolVLM, Aya Vision, Ovis2.
+    for owner, name in ((config, "downsample_ratio"), (vision, "pixel_shuffle_ratio")):
+        if hasattr(owner, name):
+            return round(1 / getattr(owner, name))
+    for owner, name in ((config, "scale_factor"), (config, "downsample_factor"), (vision, "hidden_stride")):
+        if hasattr(owner, name):
+            return int(getattr(owner, name))
     return int(getattr(config, "spatial_merge_size", 1))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from keepsight.vlm.grids import BIDIRECTIONAL_IMAGES, ImageTokens, image_tokens
+from keepsight.vlm.newlines import NEWLINE_TILES
 
 # Families whose image features never enter the decoder's token sequence.
 _OUT_OF_SCOPE = {
@@ -127,12 +128,22 @@ class Vlm:
         return layer
 
     def visual_mask(self, input_ids: Tensor) -> Tensor:
-        """``[B, S]`` bool: the positions that hold image features."""
+        """``[B, S]`` bool: the placeholders, which hold image features or learned newline tokens between them."""
         return input_ids == self.image_token_id
 
+    def visual_index(self, batch: dict[str, Any]) -> Tensor:
+        """``[T]``: the visual tokens' positions in the flattened ``[B · S]`` sequence, newline tokens left out."""
+        if self.family in NEWLINE_TILES:
+            tokens = self.image_tokens(batch)
+            return tokens.batch_row * batch["input_ids"].shape[1] + tokens.position
+        return self.visual_mask(batch["input_ids"]).flatten().nonzero(as_tuple=True)[0]
+
     def image_tokens(self, batch: dict[str, Any]) -> ImageTokens:
-        """Which image, tile, row and column each visual token of a processor's batch belongs to."""
-        return image_tokens(self.config, self.visual_mask(batch["input_ids"]), batch)
+        """Which image, tile, row and column each visual token of a processor's batch belongs to.
+
+        Learned newline tokens after rows of patches (LLaVA-NeXT, LLaVA-OneVision) stand for no patch: left out.
+        """
+        return image_tokens(self.config, self.visual_mask(batch["input_ids"]), batch, self.core)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of ``core`` by name, with a clear error when there are no ids to find images in."""
