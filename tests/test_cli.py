@@ -55,6 +55,7 @@ def test_help_lists_the_commands_and_unknown_ones_are_refused(capsys) -> None:
 
 
 def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
+    trained = tmp_path / "a [" / "run]"  # what rich would take for markup
     pairs = (("red", "dark/0.png"), ("blue", "light/1.png"))
     rows = [entry("<image>\nwhat color ?", color, image=image) for color, image in pairs]
     write(tmp_path, *rows)
@@ -62,7 +63,7 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     recipe = {
         "model": {"path": str(tmp_path / "start")},
         "data": {"conversations": str(tmp_path / "data.json"), "image_folder": str(labelled)},
-        "out": str(tmp_path / "run"),
+        "out": str(trained),
         "projector": {"enabled": False},
         "full": {"batch_size": 2, "max_steps": 2},
         "trainer": {"use_cpu": True, "logging_steps": 1},
@@ -72,16 +73,20 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "stage full: loss " in shown
     assert "PRe cosine" in shown
-    assert "model and processor: " in shown
+    assert f"model and processor: {trained / 'model'}" in shown.replace("\n", "")
     assert "already holds a run" in fails(["train", str(tmp_path / "recipe.yaml")], capsys)
 
-    command = ["diagnose", str(tmp_path / "run"), f"--images={labelled}", f"--masks={tmp_path / 'masks'}"]
+    into_training = ["diagnose", str(trained), f"--images={labelled}", f"--out={tmp_path / 'run'}"]
+    assert "holds a training run, which a diagnosis must not" in fails([*into_training, "--overwrite"], capsys)
+    assert (trained / "curves.jsonl").is_file()
+
+    command = ["diagnose", str(trained), f"--images={labelled}", f"--masks={tmp_path / 'masks'}"]
     command += [f"--out={tmp_path / 'seen'}", "--batch-size", "5", "--seed=3"]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "report: " in shown
     run = RunDirectory.open(tmp_path / "seen")
-    assert (run.label, run.info["pre_layer"], run.info["depth"], run.info["seed"]) == ("run", 3, 4, 3)
+    assert (run.label, run.info["pre_layer"], run.info["depth"], run.info["seed"]) == ("run]", 3, 4, 3)
     found = {(row.metric, row.layer) for row in run.read_rows()}
     assert {("gap", layer) for layer in range(5)} <= found
     assert {("probe_accuracy", layer) for layer in range(5)} <= found
@@ -91,6 +96,33 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     again = RunDirectory.open(tmp_path / "seen")
     assert {row.layer for row in again.read_rows() if row.metric == "gap"} == {0, 4}
     assert yaml.safe_load((again.path / "config.yaml").read_text())["layers"] == [0, 4]
+
+
+@pytest.mark.parametrize("beside", ['{"pre_layer": "x"}', "[1]", "{", '{"label": "other", "pre_layer": 2}'])
+def test_a_file_beside_a_model_is_not_taken_for_its_training(
+    tmp_path: Path, labelled: Path, beside: str, capsys
+) -> None:
+    model = save_llava(tmp_path / "tiny")
+    (tmp_path / "run.json").write_text(beside)
+    command = ["diagnose", str(model), f"--images={labelled}", f"--out={tmp_path / 'out'}", "--layers=[0]"]
+    assert cli.main(command) == 0
+    run = RunDirectory.open(tmp_path / "out")
+    assert (run.label, run.info["pre_layer"], run.kind) == ("tiny", None, "diagnosis")
+
+
+def test_brackets_in_paths_and_labels_are_printed_as_they_are(tmp_path: Path, labelled: Path, capsys) -> None:
+    out = tmp_path / "o [" / "red] x"  # o [/red] x
+    command = ["diagnose", str(save_llava(tmp_path / "tiny")), f"--images={labelled}", f"--out={out}", "--layers=[0]"]
+    assert cli.main([*command, "--label=[red]"]) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert str(out / "report.html") in shown
+    assert "of [red]" in shown
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path: Path, labelled: Path, capsys) -> None:
+    (tmp_path / "file").write_text("x")
+    out = f"--out={tmp_path / 'file' / 'run'}"
+    assert "a part of the path is a file" in fails(["diagnose", "./none", f"--images={labelled}", out], capsys)
 
 
 def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:

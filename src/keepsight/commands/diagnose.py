@@ -81,15 +81,16 @@ def parse(arguments: Sequence[str]) -> DiagnoseConfig:
 def main(arguments: Sequence[str]) -> None:
     """Diagnose, write the run's folder, print the table and the verdict."""
     config = parse(arguments)
-    _refuse_early(config)
+    from keepsight.results import RunDirectory
+
+    # A folder that cannot take the run is refused before the work, not after it.
+    RunDirectory.check(config.out, kind="diagnosis", overwrite=config.overwrite)
     import torch
-    from rich.markup import escape
 
     from keepsight.commands.console import console, quiet
 
     quiet()
     from keepsight.diagnosis import diagnose
-    from keepsight.report import build as build_report
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     model.to(device)
-    trained = _training_run(Path(model_folder(config.model)).parent)
+    trained = _training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
         model,
@@ -114,14 +115,12 @@ def main(arguments: Sequence[str]) -> None:
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )
-    run = result.save(config.out, overwrite=config.overwrite)
-    run.write_config(config)
-    report = build_report([run], run.path / "report.html")
+    run = result.save(config.out, overwrite=config.overwrite, config=config, report=True)
     console.print(table([run]))
     for reason in run.info.get("skipped", []):
-        console.print(f"[yellow]left out: {escape(reason)}[/yellow]")
-    console.print(verdict([run]))
-    console.print(f"report: {report}")
+        console.print(f"left out: {reason}", style="yellow", markup=False)
+    console.print(verdict([run]), markup=False)
+    console.print(f"report: {run.path / 'report.html'}", markup=False)
 
 
 def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str | None]]:
@@ -152,16 +151,6 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
     return {target: [labels.get(name) for name in names] for target, labels in sets.items()}
 
 
-def _refuse_early(config: DiagnoseConfig) -> None:
-    """A folder that cannot take the run is refused before the work, not after it."""
-    from keepsight.results import RunDirectory
-
-    folder = Path(config.out)
-    held = folder.is_dir() and any(folder.iterdir())
-    if held and not (config.overwrite and (folder / "run.json").is_file()):
-        RunDirectory.create(folder, label=folder.name)
-
-
 def _images(path: str) -> Any:
     """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
     if (Path(path) / "state.json").is_file():
@@ -171,7 +160,15 @@ def _images(path: str) -> Any:
     return path
 
 
-def _training_run(folder: Path) -> dict[str, Any]:
-    """run.json of the training run that a checkpoint belongs to; empty if there is none."""
-    file = folder / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _training_run(model: Path) -> dict[str, Any]:
+    """Label and PRe layer of the training run whose `model` this is; empty if it is no run's."""
+    from keepsight.results import RunDirectory
+
+    try:
+        run = RunDirectory.open(model.parent)
+    except (OSError, ValueError):  # the model is what was asked for; what lies beside it need not be keepsight's
+        return {}
+    layer = run.info.get("pre_layer")
+    if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
+        return {}
+    return {"label": run.label, "pre_layer": layer}
