@@ -76,7 +76,7 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     assert f"model and processor: {trained / 'model'}" in shown.replace("\n", "")
     assert "already holds a run" in fails(["train", str(tmp_path / "recipe.yaml")], capsys)
 
-    into_training = ["diagnose", str(trained), f"--images={labelled}", f"--out={tmp_path / 'run'}"]
+    into_training = ["diagnose", str(trained), f"--images={labelled}", f"--out={trained}"]
     assert "holds a training run, which a diagnosis must not" in fails([*into_training, "--overwrite"], capsys)
     assert (trained / "curves.jsonl").is_file()
 
