@@ -125,6 +125,23 @@ def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path: Path
     assert "a part of the path is a file" in fails(["diagnose", "./none", f"--images={labelled}", out], capsys)
 
 
+def test_saved_data_sets(tmp_path: Path, labelled: Path, capsys) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = sorted(str(path) for path in labelled.rglob("*.png"))
+    rows = {"image": pictures, "label": [Path(path).parent.name for path in pictures]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "one")
+    model = str(save_llava(tmp_path / "model"))
+    command = ["diagnose", model, f"--out={tmp_path / 'out'}", "--layers=[0]"]
+    assert cli.main([*command, f"--images={tmp_path / 'one'}"]) == 0
+    rows = RunDirectory.open(tmp_path / "out").read_rows()
+    assert any(row.metric == "probe_accuracy" and row.value is not None for row in rows)
+
+    datasets.DatasetDict({"test": dataset, "train": dataset}).save_to_disk(tmp_path / "two")
+    error = fails([*command, f"--images={tmp_path / 'two'}", "--overwrite"], capsys)
+    assert f"holds the splits ['test', 'train']; give the folder of one of them, such as --images {tmp_path}" in error
+
+
 def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
     names = [f"{name}/{number}.png" for number, name in zip(range(4), ("dark", "light") * 2, strict=True)]
     sets = {"size": {names[0]: "big", names[1]: "small"}, "hue": {names[2]: "warm"}}
@@ -142,6 +159,11 @@ def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
     path.write_text(json.dumps({"size": "big"}), encoding="utf-8")
     with pytest.raises(ValueError, match=r'must hold {"label set": {"picture": "label", …}, …}'):
         diagnose.read_labels(str(path), str(labelled), None)
+    path.write_text(json.dumps(sets), encoding="utf-8-sig")
+    assert set(diagnose.read_labels(str(path), str(labelled), None)) == {"size", "hue"}
+    path.write_text(json.dumps(sets), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"labels.json' is not UTF-8 text .* save it as UTF-8"):
+        diagnose.read_labels(str(path), str(labelled), None)
     with pytest.raises(FileNotFoundError, match=r"label file 'none.json' does not exist"):
         diagnose.read_labels("none.json", str(labelled), None)
 
@@ -152,11 +174,25 @@ def test_errors_that_the_user_can_mend(tmp_path: Path, labelled: Path, capsys) -
     assert "model is not given; give it as the first argument" in fails(["diagnose", images, out], capsys)
     assert "images is not given; give it with --images DIR" in fails(["diagnose", "m", out], capsys)
     assert "out is not given; give it with --out DIR" in fails(["diagnose", "m", images], capsys)
+    assert "seed is -1; allowed: 0 or more" in fails(["diagnose", "m", images, out, "--seed=-1"], capsys)
+    assert "seed is -1; allowed: 0 or more" in fails(["demo", "--seed=-1"], capsys)
+    for device in ("foo", "cuda:99"):
+        error = fails(["diagnose", "./none", images, out, f"--device={device}"], capsys)
+        assert f"device is '{device}', which cannot be used here (" in error
+        assert "; allowed: 'auto', 'cpu', or a device of this machine" in error
+    with pytest.raises(SystemExit):
+        cli.main(["diagnose", "m", images, out, "--dtype=int7"])
+    assert "int7" in capsys.readouterr().err
     assert "layers is 'some'" in fails(["diagnose", "m", images, out, "--layers=some"], capsys)
     assert "the model './none' does not exist" in fails(["diagnose", "./none", images, out], capsys)
     model = str(save_llava(tmp_path / "model"))
     assert "image folder" in fails(["diagnose", model, f"--images={tmp_path / 'none'}", out], capsys)
     assert "9" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert "weights file (.safetensors) of the model is cut off or damaged" in fails(
+        ["diagnose", model, images, out], capsys
+    )
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
