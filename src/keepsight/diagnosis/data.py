@@ -260,8 +260,8 @@ def _masks(masks: Any, names: Sequence[str], images: Any) -> list[Any]:
                 inside(path, root, "mask")
                 if owners.setdefault(path, name) != name:
                     raise ValueError(
-                        f"the mask '{root / path}' would be that of '{owners[path]}' and of '{name}'; give the "
-                        "pictures other names, as a folder with a mask folder that mirrors it, or masks as a list"
+                        f"the mask '{root / path}' would be that of '{owners[path]}' and of '{name}'; rename one, "
+                        "give a folder of pictures, whose subfolders the masks mirror, or give the masks as a list"
                     )
                 found.append(root / path)
             else:

@@ -311,19 +311,21 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
     """Whether `path` holds a run that may be replaced; False where it is new or empty."""
     if (path / RUN_FILE).is_file():
-        if not overwrite:
-            raise FileExistsError(
-                f"'{path}' already holds a run ('{RUN_FILE}' is there). Choose another folder, or pass "
-                "overwrite=True (--overwrite) to replace it"
-            )
         try:
             there = RunDirectory.open(path).kind
         except ValueError as cause:
-            raise FileExistsError(f"'{path}' cannot be overwritten: {cause}. Choose another folder") from cause
+            if overwrite:
+                raise FileExistsError(f"'{path}' cannot be overwritten: {cause}. Choose another folder") from cause
+            there = None
         if None not in (kind, there) and kind != there:
             raise FileExistsError(
                 f"'{path}' holds a {there} run, which a {kind} must not replace, not even with overwrite=True "
                 "(--overwrite). Choose another folder"
+            )
+        if not overwrite:
+            raise FileExistsError(
+                f"'{path}' already holds a run ('{RUN_FILE}' is there). Choose another folder, or pass "
+                "overwrite=True (--overwrite) to replace it"
             )
         return True
     content = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -342,6 +344,7 @@ def _room(path: Path) -> Iterator[Path]:
     made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     stage = path / f"{_STAGE}{secrets.token_hex(4)}"
     try:
+        make_folder(path)
         yield make_folder(stage)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
