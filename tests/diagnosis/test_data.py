@@ -1,5 +1,6 @@
 """Pictures, labels and masks: what is found, in which order, and what is refused with which words."""
 
+import json
 import os
 
 import numpy as np
@@ -198,6 +199,19 @@ def test_dataset_rows_open_no_files_that_their_author_chose(tmp_path):
     with pytest.raises(ImageError, match=r"row 0 of the dataset names the file '.*secret.png' in 'image', which the"):
         found.items[0].open()
     assert found.items[1].open()[0].size == (6, 4)
+    # One that claims to be an image folder, and keeps its rows elsewhere.
+    for name, key, value in (
+        ("dataset_info.json", "builder_name", "imagefolder"),
+        ("state.json", "_data_files", [{"filename": "rows/data.arrow"}]),
+    ):
+        file = tmp_path / "theirs" / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    (tmp_path / "theirs" / "rows").mkdir()
+    (tmp_path / "theirs" / "data-00000-of-00001.arrow").rename(tmp_path / "theirs" / "rows" / "data.arrow")
+    theirs = datasets.load_from_disk(tmp_path / "theirs").cast_column("image", datasets.Image())
+    assert theirs.info.builder_name == "imagefolder"
+    with pytest.raises(ImageError, match="which the dataset does not hold"):
+        find_pictures(theirs).items[0].open()
 
     save(tmp_path / "folder" / "cat" / "a.png")
     folder = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "folder"), cache_dir=str(tmp_path / "cache"))

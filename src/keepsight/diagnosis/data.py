@@ -198,8 +198,9 @@ def _folders(dataset: Any) -> list[Path] | None:
 
     Rows that came with a download name whatever their author liked.
     """
-    kept = [Path(file["filename"]).parent for file in dataset.cache_files]
-    saved = [folder for folder in kept if (folder / "state.json").is_file()]
+    kept = [Path(file["filename"]) for file in dataset.cache_files]
+    # Anywhere above: state.json says where its files lie, and a data set may say that it is an image folder.
+    saved = [folder for file in kept for folder in file.parents if (folder / "state.json").is_file()]
     made_by = dataset.info.builder_name
     if not saved and (made_by in LOCAL_BUILDERS or (made_by is None and not kept)):
         return None
