@@ -55,6 +55,7 @@ def test_help_lists_the_commands_and_unknown_ones_are_refused(capsys) -> None:
 
 
 def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
+    trained = tmp_path / "a [" / "run]"  # what rich would take for markup
     pairs = (("red", "dark/0.png"), ("blue", "light/1.png"))
     rows = [entry("<image>\nwhat color ?", color, image=image) for color, image in pairs]
     write(tmp_path, *rows)
@@ -62,7 +63,7 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     recipe = {
         "model": {"path": str(tmp_path / "start")},
         "data": {"conversations": str(tmp_path / "data.json"), "image_folder": str(labelled)},
-        "out": str(tmp_path / "run"),
+        "out": str(trained),
         "projector": {"enabled": False},
         "full": {"batch_size": 2, "max_steps": 2},
         "trainer": {"use_cpu": True, "logging_steps": 1},
@@ -72,16 +73,21 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "stage full: loss " in shown
     assert "PRe cosine" in shown
-    assert "model and processor: " in shown
+    assert f"model and processor: {trained / 'model'}" in shown.replace("\n", "")
     assert "already holds a run" in fails(["train", str(tmp_path / "recipe.yaml")], capsys)
 
-    command = ["diagnose", str(tmp_path / "run"), f"--images={labelled}", f"--masks={tmp_path / 'masks'}"]
+    into_training = ["diagnose", str(trained), f"--images={labelled}", f"--out={trained}"]
+    for more in ([], ["--overwrite"]):
+        assert "holds a training run, which a diagnosis must not" in fails([*into_training, *more], capsys)
+    assert (trained / "curves.jsonl").is_file()
+
+    command = ["diagnose", str(trained), f"--images={labelled}", f"--masks={tmp_path / 'masks'}"]
     command += [f"--out={tmp_path / 'seen'}", "--batch-size", "5", "--seed=3"]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "report: " in shown
     run = RunDirectory.open(tmp_path / "seen")
-    assert (run.label, run.info["pre_layer"], run.info["depth"], run.info["seed"]) == ("run", 3, 4, 3)
+    assert (run.label, run.info["pre_layer"], run.info["depth"], run.info["seed"]) == ("run]", 3, 4, 3)
     found = {(row.metric, row.layer) for row in run.read_rows()}
     assert {("gap", layer) for layer in range(5)} <= found
     assert {("probe_accuracy", layer) for layer in range(5)} <= found
@@ -91,6 +97,50 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     again = RunDirectory.open(tmp_path / "seen")
     assert {row.layer for row in again.read_rows() if row.metric == "gap"} == {0, 4}
     assert yaml.safe_load((again.path / "config.yaml").read_text())["layers"] == [0, 4]
+
+
+@pytest.mark.parametrize("beside", ['{"pre_layer": "x"}', "[1]", "{", '{"label": "other", "pre_layer": 2}'])
+def test_a_file_beside_a_model_is_not_taken_for_its_training(
+    tmp_path: Path, labelled: Path, beside: str, capsys
+) -> None:
+    model = save_llava(tmp_path / "tiny")
+    (tmp_path / "run.json").write_text(beside)
+    command = ["diagnose", str(model), f"--images={labelled}", f"--out={tmp_path / 'out'}", "--layers=[0]"]
+    assert cli.main(command) == 0
+    run = RunDirectory.open(tmp_path / "out")
+    assert (run.label, run.info["pre_layer"], run.kind) == ("tiny", None, "diagnosis")
+
+
+def test_brackets_in_paths_and_labels_are_printed_as_they_are(tmp_path: Path, labelled: Path, capsys) -> None:
+    out = tmp_path / "o [" / "red] x"  # o [/red] x
+    command = ["diagnose", str(save_llava(tmp_path / "tiny")), f"--images={labelled}", f"--out={out}", "--layers=[0]"]
+    assert cli.main([*command, "--label=[red]"]) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert str(out / "report.html") in shown
+    assert "of [red]" in shown
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path: Path, labelled: Path, capsys) -> None:
+    (tmp_path / "file").write_text("x")
+    out = f"--out={tmp_path / 'file' / 'run'}"
+    assert "a part of the path is a file" in fails(["diagnose", "./none", f"--images={labelled}", out], capsys)
+
+
+def test_saved_data_sets(tmp_path: Path, labelled: Path, capsys) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = sorted(str(path) for path in labelled.rglob("*.png"))
+    rows = {"image": pictures, "label": [Path(path).parent.name for path in pictures]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "one")
+    model = str(save_llava(tmp_path / "model"))
+    command = ["diagnose", model, f"--out={tmp_path / 'out'}", "--layers=[0]"]
+    assert cli.main([*command, f"--images={tmp_path / 'one'}"]) == 0
+    rows = RunDirectory.open(tmp_path / "out").read_rows()
+    assert any(row.metric == "probe_accuracy" and row.value is not None for row in rows)
+
+    datasets.DatasetDict({"test": dataset, "train": dataset}).save_to_disk(tmp_path / "two")
+    error = fails([*command, f"--images={tmp_path / 'two'}", "--overwrite"], capsys)
+    assert f"holds the splits ['test', 'train']; give the folder of one of them, such as --images {tmp_path}" in error
 
 
 def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
@@ -110,6 +160,11 @@ def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
     path.write_text(json.dumps({"size": "big"}), encoding="utf-8")
     with pytest.raises(ValueError, match=r'must hold {"label set": {"picture": "label", …}, …}'):
         diagnose.read_labels(str(path), str(labelled), None)
+    path.write_text(json.dumps(sets), encoding="utf-8-sig")
+    assert set(diagnose.read_labels(str(path), str(labelled), None)) == {"size", "hue"}
+    path.write_text(json.dumps(sets), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"labels.json' is not UTF-8 text .* save it as UTF-8"):
+        diagnose.read_labels(str(path), str(labelled), None)
     with pytest.raises(FileNotFoundError, match=r"label file 'none.json' does not exist"):
         diagnose.read_labels("none.json", str(labelled), None)
 
@@ -120,11 +175,25 @@ def test_errors_that_the_user_can_mend(tmp_path: Path, labelled: Path, capsys) -
     assert "model is not given; give it as the first argument" in fails(["diagnose", images, out], capsys)
     assert "images is not given; give it with --images DIR" in fails(["diagnose", "m", out], capsys)
     assert "out is not given; give it with --out DIR" in fails(["diagnose", "m", images], capsys)
+    assert "seed is -1; allowed: 0 or more" in fails(["diagnose", "m", images, out, "--seed=-1"], capsys)
+    assert "seed is -1; allowed: 0 or more" in fails(["demo", "--seed=-1"], capsys)
+    for device in ("foo", "cuda:99"):
+        error = fails(["diagnose", "./none", images, out, f"--device={device}"], capsys)
+        assert f"device is '{device}', which cannot be used here (" in error
+        assert "; allowed: 'auto', 'cpu', or a device of this machine" in error
+    with pytest.raises(SystemExit):
+        cli.main(["diagnose", "m", images, out, "--dtype=int7"])
+    assert "int7" in capsys.readouterr().err
     assert "layers is 'some'" in fails(["diagnose", "m", images, out, "--layers=some"], capsys)
     assert "the model './none' does not exist" in fails(["diagnose", "./none", images, out], capsys)
     model = str(save_llava(tmp_path / "model"))
     assert "image folder" in fails(["diagnose", model, f"--images={tmp_path / 'none'}", out], capsys)
     assert "9" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert "weights file (.safetensors) of the model is cut off or damaged" in fails(
+        ["diagnose", model, images, out], capsys
+    )
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -37,21 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not is_user_error(error):
             raise
-        print(f"keepsight: {error}", file=sys.stderr)
+        print(f"keepsight: {_message(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether an error says by itself what to mend: raised by keepsight's own code, or a full disk anywhere.
+    """Whether an error is about something to mend: raised by keepsight's own code, a full disk, damaged weights.
 
     A ValueError from the inside of a library is a bug of ours, and keeps its traceback.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
+    if _damaged_weights(error):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
     return ours and isinstance(error, USER_ERRORS)
+
+
+def _damaged_weights(error: Exception) -> bool:
+    library = sys.modules.get("safetensors")  # where it was never loaded, it raised nothing
+    return library is not None and isinstance(error, library.SafetensorError)
+
+
+def _message(error: Exception) -> str:
+    if _damaged_weights(error):
+        return f"a weights file (.safetensors) of the model is cut off or damaged ({error}); download or save it again."
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,12 @@ def test_masks_are_index_pictures():
         ValueError, match=r"must be a \[H, W\] array of values 0 … 255; got shape \(2, 2\), values 0 … 300"
     ):
         read_mask(np.array([[0, 300], [1, 2]]), "a")
+    with pytest.raises(ValueError, match=r"holds float32 values that are not whole numbers; .* cut it at a threshold"):
+        read_mask(np.array([[0.5, 1]], dtype=np.float32), "a")
+    with pytest.raises(ValueError, match="not whole numbers"):
+        read_mask(np.array([[np.nan]]), "a")
+    assert read_mask(np.array([[0.0, 2.0]]), "a").tolist() == [[0, 2]]
+    assert read_mask(np.array([[False, True]]), "a").tolist() == [[0, 1]]
 
 
 def test_components_by_hand():

@@ -217,6 +217,50 @@ def test_broken_pictures_stop_or_are_counted(tmp_path, parts):
     assert {r.n for r in result.rows if r.metric == "gap"} == {11}
 
 
+def test_classes_that_broken_pictures_leave_too_small_are_left_out(tmp_path, parts):
+    images, _ = write_world(tmp_path, per_class=4)
+    for number in range(3):
+        (images / "red" / f"0{number}.png").write_text("")
+    names = [item.name for item in find_pictures(images).items]
+    labels = {
+        "colour": [name.split("/")[0] for name in names],
+        "red or not": ["red" if name.startswith("red") else "not" for name in names],
+    }
+    result = diagnose(*parts, images, labels=labels, layers=[0], skip_broken=True, progress=False)
+    assert result.info["counts"]["classes left out of probes"] == 2
+    (note,) = [r.note for r in result.rows if r.metric == "probe_classes_left_out" and r.target == "colour"]
+    assert note == "1 of 3 classes left out ('red'): broken pictures leave fewer than two of each"
+    assert {r.value is None for r in result.rows if r.metric == "probe_accuracy" and r.target == "colour"} == {False}
+    (lost,) = [r for r in result.rows if r.metric == "probe_accuracy" and r.target == "red or not"]
+    assert lost.value is None
+    assert lost.note.startswith("broken pictures leave fewer than two classes")
+    assert "1 of 3 classes left out" in result.report(tmp_path / "report.html").read_text()
+    assert result.table().row_count > 0
+
+
+def test_broken_pictures_of_the_calibration_are_replaced(tmp_path, parts):
+    for number in range(30):
+        picture("red", number)[0].save(tmp_path / f"{number:02d}.png")
+    first = np.random.default_rng([0, 5]).permutation(30)[:8]  # the calibration's
+    for number in first:
+        (tmp_path / f"{number:02d}.png").write_text("")
+    result = diagnose(*parts, tmp_path, layers=[0], skip_broken=True, progress=False)
+    assert (result.info["counts"]["images"], result.info["counts"]["skipped images"]) == (22, 8)
+    for file in tmp_path.iterdir():
+        file.write_text("")
+    with pytest.raises(ValueError, match=r"none of the 30 pictures can be read, such as '00.png'"):
+        diagnose(*parts, tmp_path, layers=[0], skip_broken=True, progress=False)
+
+
+def test_masks_of_0_and_255_say_why_they_hold_no_object(parts):
+    pictures = [picture("red", i)[0] for i in range(3)]
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:16] = 255
+    result = diagnose(*parts, pictures, masks=[mask] * 3, layers=[0], progress=False)
+    (gap,) = [r for r in result.rows if r.metric == "gap"]
+    assert gap.note.startswith("all non-zero pixels of the masks are 255, which means ignore")
+
+
 def test_bad_input_is_named(tmp_path, parts, world):
     images, masks = write_world(tmp_path, per_class=2)
     Image.fromarray(np.zeros((5, 7), np.uint8)).save(masks / "blue" / "00.png")
@@ -230,5 +274,9 @@ def test_bad_input_is_named(tmp_path, parts, world):
         diagnose(*parts, world[0], layers=[], progress=False)
     with pytest.raises(ValueError, match="label set 'class': class 'dog' has one picture"):
         diagnose(*parts, images, labels=["cat"] * 5 + ["dog"], progress=False)
+    with pytest.raises(ValueError, match="seed is -1; allowed: 0 or more"):
+        diagnose(*parts, world[0], seed=-1, progress=False)
+    with pytest.raises(ValueError, match=r"the prompt '<image> what' holds the image placeholder '<image>'; give the"):
+        diagnose(*parts, world[0], prompt="<image> what", progress=False)
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         diagnose(*parts, world[0], batch_size=0, progress=False)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from keepsight.results import (
     fingerprint,
     prompt_hash,
 )
-from keepsight.results import storage as storage_module
 
 ROW = Measurement("gap", 0.25, layer=4, n=3, seed=5)
 
@@ -108,26 +108,102 @@ def test_a_foreign_folder_is_never_touched(tmp_path: Path, overwrite: bool) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_full_disk_during_overwrite_keeps_the_old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    RunDirectory.create(tmp_path / "run", label="first").write_rows([ROW])
+class Full:
+    """A disk on which the write with this number, counted from 0, finds no room."""
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+        self.left = fails_at
+        for owner, name in ((os, "fsync"), (os, "rename"), (Image.Image, "save"), (Path, "mkdir")):
+            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
 
-    monkeypatch.setattr(storage_module.os, "fsync", full)
-    with pytest.raises(StorageError, match="the disk is full"):
-        RunDirectory.create(tmp_path / "run", label="second", overwrite=True)
-    monkeypatch.undo()
-    old = RunDirectory.open(tmp_path / "run")
-    assert old.label == "first"
-    assert old.load().rows == [ROW]
+    def wrap(self, real):
+        def write(*args, **keywords):
+            self.left -= 1
+            if self.left == -1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **keywords)
+
+        return write
+
+
+def save(path: Path, label: str) -> None:
+    with RunDirectory.staged(path, label=label, kind="diagnosis", overwrite=True) as run:
+        run.write_rows([Measurement("gap", float(len(label)), layer=4, n=3, seed=5)])
+        run.write_config({"label": label})
+        run.write_examples([Example(Image.new("RGB", (2, 2)), caption=label)])
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_full_disk_at_any_write_of_an_overwrite_keeps_the_old_run(tmp_path: Path) -> None:
+    save(tmp_path / "run", "first")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before, failed = content(tmp_path / "run"), 0
+    for number in range(100):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            disk = Full(monkeypatch, number)
+            with suppress(StorageError):
+                save(tmp_path / "run", "second")
+        if disk.left >= 0:
+            break
+        failed += 1
+        assert content(tmp_path / "run") == before
+    assert failed >= 12
+    run = RunDirectory.open(tmp_path / "run").load()
+    assert (run.label, run.rows[0].value, run.examples[0].caption) == ("second", 6.0, "second")
+    names = ["config.yaml", "examples", "notes.txt", "rows.jsonl", "run.json"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == names
+
+
+def test_a_full_disk_at_any_write_of_a_first_save_leaves_nothing(tmp_path: Path) -> None:
+    for number in range(8):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Full(monkeypatch, number)
+            with pytest.raises(StorageError, match="the disk is full"):
+                save(tmp_path / "deep" / "run", "first")
+        assert list(tmp_path.iterdir()) == []
+    save(tmp_path / "deep" / "run", "first")
+
+
+def test_an_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), RunDirectory.staged(tmp_path / "run", label="x"):
+        raise KeyError("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sign", ["kind", "stages", "curves.jsonl", "model"])
+def test_a_run_of_another_kind_is_never_replaced(tmp_path: Path, sign: str) -> None:
+    run = RunDirectory.create(tmp_path / "run", label="first", **({"kind": "training"} if sign == "kind" else {}))
+    run.write_config({"a": 1})
+    if sign != "kind":
+        (run.path / sign).mkdir()
+    before = content(run.path)
+    for replace in (save, lambda path, label: RunDirectory.check(path, kind="diagnosis", overwrite=True)):
+        with pytest.raises(FileExistsError, match=r"holds a training run, which a diagnosis must not .*another folder"):
+            replace(run.path, "second")
+    assert content(run.path) == before
+
+
+def test_a_foreign_run_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"name": "mine"}')
+    with pytest.raises(FileExistsError, match=r"cannot be overwritten: .* has no 'label'"):
+        save(tmp_path, "x")
+    assert (tmp_path / "run.json").read_text() == '{"name": "mine"}'
+
+
+def test_a_check_leaves_nothing(tmp_path: Path) -> None:
+    RunDirectory.check(tmp_path / "deep" / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(StorageError, match="a part of the path is a file"):
-            RunDirectory.create(path, label="x")
+        for start in (RunDirectory.check, lambda path: RunDirectory.create(path, label="x")):
+            with pytest.raises(StorageError, match="a part of the path is a file"):
+                start(path)
 
 
 def test_open_names_what_is_missing(tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def test_json_lines_and_system_turn(tmp_path: Path) -> None:
     assert [message["role"] for message in data[1].messages] == ["system", "user", "assistant"]
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "data.JSONL"])
+def test_json_lines_with_other_separators_in_strings_and_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    rows = [entry("hello\u2028there", "world"), entry("what\x85 ?", "red")]
+    text_ = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / name).write_text(text_, encoding="utf-8-sig", newline="")
+    data = LlavaConversations(tmp_path / name)
+    assert [data[i].messages[0]["content"][0]["text"] for i in range(2)] == ["hello\u2028there", "what\x85 ?"]
+
+
 def test_loose_ends_are_left_out_and_counted(tmp_path: Path) -> None:
     loose = {"conversations": [{"from": "gpt", "value": "hi"}, *entry("hello", "world", "and ?")["conversations"]]}
     data = LlavaConversations(write(tmp_path, loose))
@@ -151,6 +160,9 @@ def test_files_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-5])
     with pytest.raises(ConversationError, match=r"is not valid JSON .*is the file whole"):
         LlavaConversations(path)
+    path.write_text("[]", encoding="utf-16")
+    with pytest.raises(ConversationError, match=r"data.json' is not UTF-8 text .* save it as UTF-8"):
+        LlavaConversations(path)
     path.write_text("[]")
     with pytest.raises(ConversationError, match="nothing to train on"):
         LlavaConversations(path)
@@ -182,6 +194,21 @@ def test_hub_dataset_saved_and_loaded(tmp_path: Path, pictures: Path) -> None:
     ((name, picture),) = source[0].images
     assert open_image(picture, name).getpixel((0, 0)) == (255, 0, 0)
     assert source[1].images == ()
+
+
+@pytest.mark.parametrize("feature", ["picture", "path"])
+def test_hub_dataset_with_one_picture_a_row(pictures: Path, feature: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = [{"role": "user", "content": "<image> what ?"}, {"role": "assistant", "content": "red"}]
+    bare = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    path = "red.png" if feature == "path" else str(pictures / "red.png")
+    dataset = datasets.Dataset.from_dict({"messages": [asked, bare], "images": [path, None]})
+    if feature == "picture":
+        dataset = dataset.cast_column("images", datasets.Image())
+    data = HubConversations(dataset, pictures)
+    ((name, picture),) = data[0].images
+    assert open_image(picture, name).getpixel((0, 0)) == (255, 0, 0)
+    assert data[1].images == ()
 
 
 def test_hub_rows_with_string_contents(pictures: Path) -> None:

@@ -32,6 +32,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}; allowed: 1 or more.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; allowed: 0 or more.")
 
 
 def parse(arguments: Sequence[str]) -> DemoConfig:

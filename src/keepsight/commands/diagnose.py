@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -45,7 +45,7 @@ class DiagnoseConfig:
     skip_broken: bool = False
     split_components: bool = False
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     overwrite: bool = False
 
@@ -61,6 +61,8 @@ class DiagnoseConfig:
             raise ValueError(f"layers is {self.layers!r}; allowed: 'all' or a list of indices such as [0,8,16].")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; allowed: 1 or more.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; allowed: 0 or more.")
 
 
 def parse(arguments: Sequence[str]) -> DiagnoseConfig:
@@ -81,24 +83,23 @@ def parse(arguments: Sequence[str]) -> DiagnoseConfig:
 def main(arguments: Sequence[str]) -> None:
     """Diagnose, write the run's folder, print the table and the verdict."""
     config = parse(arguments)
-    _refuse_early(config)
-    import torch
-    from rich.markup import escape
+    from keepsight.results import RunDirectory
 
+    # A folder that cannot take the run is refused before the work, not after it.
+    RunDirectory.check(config.out, kind="diagnosis", overwrite=config.overwrite)
     from keepsight.commands.console import console, quiet
 
     quiet()
     from keepsight.diagnosis import diagnose
-    from keepsight.report import build as build_report
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
 
+    device = _device(config.device)
     images = _images(config.images)
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     model.to(device)
-    trained = _training_run(Path(model_folder(config.model)).parent)
+    trained = _training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
         model,
@@ -114,14 +115,12 @@ def main(arguments: Sequence[str]) -> None:
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )
-    run = result.save(config.out, overwrite=config.overwrite)
-    run.write_config(config)
-    report = build_report([run], run.path / "report.html")
+    run = result.save(config.out, overwrite=config.overwrite, config=config, report=True)
     console.print(table([run]))
     for reason in run.info.get("skipped", []):
-        console.print(f"[yellow]left out: {escape(reason)}[/yellow]")
-    console.print(verdict([run]))
-    console.print(f"report: {report}")
+        console.print(f"left out: {reason}", style="yellow", markup=False)
+    console.print(verdict([run]), markup=False)
+    console.print(f"report: {run.path / 'report.html'}", markup=False)
 
 
 def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str | None]]:
@@ -129,7 +128,7 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is not {"label set": {"picture": "label"}}, or names a picture that is not there.
+        ValueError: if it is not UTF-8 or not {"label set": {"picture": "label"}}, or names pictures that are not there.
     """
     from keepsight.diagnosis.data import find_pictures
 
@@ -137,7 +136,9 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
     if not file.is_file():
         raise FileNotFoundError(f"the label file '{path}' does not exist.")
     try:
-        sets = json.loads(file.read_text(encoding="utf-8"))
+        sets = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as cause:
+        raise ValueError(f"'{path}' is not UTF-8 text ({cause.reason}); save it as UTF-8.") from cause
     except json.JSONDecodeError as cause:
         raise ValueError(f"'{path}' is not valid JSON ({cause}).") from cause
     if not isinstance(sets, dict) or not sets or not all(isinstance(labels, dict) for labels in sets.values()):
@@ -152,26 +153,53 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
     return {target: [labels.get(name) for name in names] for target, labels in sets.items()}
 
 
-def _refuse_early(config: DiagnoseConfig) -> None:
-    """A folder that cannot take the run is refused before the work, not after it."""
-    from keepsight.results import RunDirectory
+def _device(name: str) -> str:
+    """The device to compute on, refused before the model is loaded if it cannot be used."""
+    import torch
 
-    folder = Path(config.out)
-    held = folder.is_dir() and any(folder.iterdir())
-    if held and not (config.overwrite and (folder / "run.json").is_file()):
-        RunDirectory.create(folder, label=folder.name)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except Exception as cause:  # each back-end has its own: RuntimeError, AssertionError, NotImplementedError, …
+        reason = str(cause).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device is {name!r}, which cannot be used here ({reason}); allowed: 'auto', 'cpu', or a device of this "
+            "machine such as 'cuda' or 'cuda:1'."
+        ) from cause
+    return name
 
 
 def _images(path: str) -> Any:
     """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
-    if (Path(path) / "state.json").is_file():
+    folder = Path(path)
+    splits = folder / "dataset_dict.json"
+    if not splits.is_file() and not (folder / "state.json").is_file():
+        return path
+    try:
         from datasets import load_from_disk
-
+    except ImportError as cause:
+        raise ImportError('HuggingFace data sets need extra packages: pip install "keepsight[train]"') from cause
+    if not splits.is_file():
         return load_from_disk(path)
-    return path
+    names = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
+    if len(names) != 1:
+        raise ValueError(
+            f"'{path}' holds the splits {names}; give the folder of one of them, such as "
+            f"--images {folder / (names or ['train'])[0]}"
+        )
+    return load_from_disk(str(folder / names[0]))
 
 
-def _training_run(folder: Path) -> dict[str, Any]:
-    """run.json of the training run that a checkpoint belongs to; empty if there is none."""
-    file = folder / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _training_run(model: Path) -> dict[str, Any]:
+    """Label and PRe layer of the training run whose `model` this is; empty if it is no run's."""
+    from keepsight.results import RunDirectory
+
+    try:
+        run = RunDirectory.open(model.parent)
+    except (OSError, ValueError):  # the model is what was asked for; what lies beside it need not be keepsight's
+        return {}
+    layer = run.info.get("pre_layer")
+    if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
+        return {}
+    return {"label": run.label, "pre_layer": layer}

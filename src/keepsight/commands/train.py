@@ -1,5 +1,6 @@
 """`keepsight train RECIPE.yaml`."""
 
+import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -44,12 +45,12 @@ def main(arguments: Sequence[str]) -> None:
 
     run = train(config, resume=values.resume)
     for name in config.stages():
-        console.print(f"stage {name}: {_last(read_curves(run.path), name)}")
+        console.print(f"stage {name}: {_last(read_curves(run.path), name)}", markup=False)
     for what, count in run.info["counts"].items():
         if what.split(": ")[1] not in ("entries", "steps", "parameters trained"):
-            console.print(f"[yellow]{what}: {count}[/yellow]")
-    console.print(f"model and processor: {run.path / MODEL}")
-    console.print(f"next: keepsight diagnose {run.path} --images DIR --out DIR")
+            console.print(f"{what}: {count}", style="yellow", markup=False)
+    console.print(f"model and processor: {run.path / MODEL}", markup=False)
+    console.print(f"next: keepsight diagnose {shlex.quote(str(run.path))} --images DIR --out DIR", markup=False)
 
 
 def _last(curves: list[dict[str, Any]], stage: str) -> str:

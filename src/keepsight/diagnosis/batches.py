@@ -46,7 +46,8 @@ class Decoded:
 class Loader:
     """Decodes pictures in order, `batch_size` at a time.
 
-    rate: share of each image's tokens that the spectrum samples; broken: names of the pictures left out so far.
+    rate: share of each image's tokens that the spectrum samples; broken: names of the pictures left out so far;
+    mask_values: the values seen in masks so far.
     """
 
     vlm: Vlm
@@ -61,6 +62,7 @@ class Loader:
 
     def __post_init__(self) -> None:
         self.broken: dict[int, str] = {}
+        self.mask_values: set[int] = set()
         order = np.random.default_rng([self.seed, 4]).permutation(len(self.pictures))
         self._group = torch.from_numpy(order % GROUPS)
 
@@ -83,6 +85,8 @@ class Loader:
                 kept.append(index)
                 images.append(image)
                 arrays.append(mask if masks else None)
+                if masks and mask is not None:
+                    self.mask_values.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
             if kept:
                 yield self._decode(kept, images, arrays)
 

@@ -19,10 +19,8 @@ def read_mask(source: Any, name: str) -> np.ndarray:
         ImageError: it cannot be read.
         ValueError: it is a colour picture, or holds values that uint8 does not.
     """
-    if callable(source):
-        source = source()
-    if isinstance(source, np.ndarray):
-        array = source
+    if isinstance(source, np.ndarray | list):
+        array = np.asarray(source)
     else:
         image = decode(source, f"the mask of '{name}'")
         if image.mode not in ("1", "L", "P", "I", "I;16"):
@@ -31,6 +29,11 @@ def read_mask(source: Any, name: str) -> np.ndarray:
                 "255 ignore and other values objects"
             )
         array = np.asarray(image)
+    if array.dtype.kind not in "biu" and not (array.dtype.kind == "f" and (array == np.round(array)).all()):
+        raise ValueError(
+            f"the mask of '{name}' holds {array.dtype} values that are not whole numbers; expected 0 for background, "
+            "255 for ignore and other whole numbers for objects: round it, or cut it at a threshold"
+        )
     if array.ndim != 2 or (array.size and (array.min() < 0 or array.max() > 255)):
         raise ValueError(
             f"the mask of '{name}' must be a [H, W] array of values 0 … 255; got shape {array.shape}, values "

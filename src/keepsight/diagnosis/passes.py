@@ -34,13 +34,16 @@ def measure(
     """
     n = len(loader.pictures)
     size = min(n, calibration_images or min(32, max(8, n // 16)))
-    subset = np.sort(np.random.default_rng([loader.seed, 5]).permutation(n)[:size])
-    calibration, tokens, seen = Calibration(), 0, 0
-    for decoded in loader.batches(subset.tolist(), masks=False):
-        forward(vlm, decoded, layers, calibration.sink)
-        tokens, seen = tokens + len(decoded.batch.image), seen + decoded.batch.n_images
+    order = np.random.default_rng([loader.seed, 5]).permutation(n)
+    calibration, tokens, seen, start = Calibration(), 0, 0, 0
+    while seen < size and start < n:  # once, unless pictures are broken: others take their place
+        subset = np.sort(order[start : start + size - seen])
+        start += len(subset)
+        for decoded in loader.batches(subset.tolist(), masks=False):
+            forward(vlm, decoded, layers, calibration.sink)
+            tokens, seen = tokens + len(decoded.batch.image), seen + decoded.batch.n_images
     if not seen:
-        raise ValueError(f"none of the {size} pictures of the calibration subset could be read; check the folder")
+        raise ValueError(f"none of the {n} pictures can be read, such as '{loader.pictures[0].name}'; check the files")
     loader.rate = min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens / seen))
     accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact)
     done: list[int] = []

@@ -34,25 +34,37 @@ class Diagnosis:
 
         return build([LoadedRun(self.info["label"], self.rows, self.info, "", self.examples)], Path(path))
 
-    def save(self, run_directory: str | Path, *, overwrite: bool = False) -> RunDirectory:
-        """Write rows, run metadata, configuration and example pictures.
+    def save(
+        self, run_directory: str | Path, *, overwrite: bool = False, config: Any = None, report: bool = False
+    ) -> RunDirectory:
+        """Write rows, run metadata, configuration and example pictures: all of them or, where one fails, none.
+
+        Args:
+            overwrite: replace the diagnosis that the folder holds; it stays whole until the new one is.
+            config: written to config.yaml in place of the arguments, a dataclass or a mapping.
+            report: write report.html as well.
 
         Raises:
-            FileExistsError: the folder holds a run already and `overwrite` is off.
+            FileExistsError: the folder holds a run already and `overwrite` is off, or a training's run.
             StorageError: it cannot be written.
         """
         model = self.info["model"]
         kept = ("depth", "width", "pre_layer", "prompt", "seed", "counts", "targets", "command", "family", "skipped")
         known = {name: self.info[name] for name in kept if name in self.info}
-        run = RunDirectory.create(
+        with RunDirectory.staged(
             run_directory,
+            kind="diagnosis",
             label=self.info["label"],
             model=model["name"],
             fingerprint=model["fingerprint"],
             overwrite=overwrite,
             **known,
-        )
-        run.write_rows(self.rows)
-        run.write_config(self.config)
-        run.write_examples(self.examples)
+        ) as run:
+            run.write_rows(self.rows)
+            run.write_config(self.config if config is None else config)
+            run.write_examples(self.examples)
+            if report:
+                from keepsight.report import build
+
+                build([run], run.path / "report.html")
         return run

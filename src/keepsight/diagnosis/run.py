@@ -16,7 +16,7 @@ from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.result import Diagnosis
-from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
+from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows, too_small
 from keepsight.results import fingerprint, prompt_hash, versions
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
@@ -49,7 +49,7 @@ def diagnose(
         model: any model that `keepsight.vlm.Vlm` takes; its mode is left as it was.
         processor: its processor, with a chat template.
         images: a folder (a class per subfolder, or flat), a list of paths or PIL images, or a Hugging Face dataset.
-        labels: one label per picture, or {target: labels}; None takes the subfolders or the dataset's class column.
+        labels: one label per picture, or {target: labels}; None takes the subfolders or the dataset's class columns.
             Without labels the probes are skipped.
         masks: folder of `<stem>.png`, or one uint8 array [H, W] (or None) per picture. Without masks
             the patch structure is skipped.
@@ -78,6 +78,14 @@ def diagnose(
         _check_labels(target, values)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; allowed: 0 or more")
+    for token in ("image_token", "boi_token"):
+        if (placeholder := getattr(processor, token, None)) and placeholder in prompt:
+            raise ValueError(
+                f"the prompt {prompt[:60]!r} holds the image placeholder {placeholder!r}; give the text alone, the "
+                "picture is put before it"
+            )
     has_masks = any(item.mask is not None for item in pictures.items)
     rendered = render_prompt(processor, prompt)
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
@@ -86,10 +94,20 @@ def diagnose(
             vlm, loader, chosen, Path(folder), exact=exact, calibration_images=calibration_images, progress=progress
         )
         middle = vlm.resolve_layer("middle")
-        rows = target_rows(accumulator, pictures.labels, done, middle, seed=seed, progress=progress)
-        rows += image_rows(accumulator, seed=seed) + missing_structure(accumulator, has_masks, seed=seed)
+        rows = target_rows(
+            accumulator,
+            pictures.labels,
+            done,
+            middle,
+            seed=seed,
+            progress=progress,
+            unlabelled=pictures.unlabelled,
+        )
+        rows += image_rows(accumulator, seed=seed)
+        rows += missing_structure(accumulator, has_masks, loader.mask_values, seed=seed)
         for position in tracked(range(len(chosen)), "spectrum", progress):
             rows += spectrum_rows(accumulator, position, seed=seed)
+    left_out = sum(len(too_small(values, done)) for values in pictures.labels.values())
     info = {
         "label": label_run,
         "versions": versions(),
@@ -107,6 +125,7 @@ def diagnose(
             "images with objects": accumulator.images_with_objects,
             "objects": accumulator.objects,
             "skipped objects": accumulator.skipped_objects,
+            **({"classes left out of probes": left_out} if left_out else {}),
         },
         "skipped": [loader.broken[index] for index in sorted(loader.broken)][:20],
         "targets": dict(targets or {}),

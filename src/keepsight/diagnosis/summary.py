@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,22 +133,32 @@ def target_rows(
     *,
     seed: int,
     progress: bool = False,
+    unlabelled: str = "no labels were given",
 ) -> list[Measurement]:
     """Linear probes of every label set at every layer, or one row that says why there are none.
 
     labels: {target: one label (or None) per picture}; done: the pictures that the accumulator holds, in its order;
-    middle: the layer that `probe_drop` is about.
+    middle: the layer that `probe_drop` is about; unlabelled: why there are no label sets, where there are none. Classes
+    that broken pictures leave with fewer than two are left out, in a row that names them.
     """
     if not labels:
-        return [
-            Measurement(
-                "probe_accuracy", None, seed=seed, note="no labels: pictures in one flat folder have no classes"
-            )
-        ]
+        return [Measurement("probe_accuracy", None, seed=seed, note=unlabelled)]
     rows: list[Measurement] = []
     for target, values in tracked(labels.items(), "probes", progress):
-        positions = [i for i, index in enumerate(done) if values[index] is not None]
+        kept = {str(value) for value in values if value is not None}
+        small = too_small(values, done)
+        positions = [i for i, index in enumerate(done) if values[index] is not None and values[index] not in small]
         names = [str(values[done[i]]) for i in positions]
+        if small:
+            listed = ", ".join(repr(name) for name in small[:3]) + (", …" if len(small) > 3 else "")
+            why = (
+                f"{len(small)} of {len(kept)} classes left out ({listed}): broken pictures leave fewer than two of each"
+            )
+            rows.append(Measurement("probe_classes_left_out", None, target=target, seed=seed, note=why))
+        if len(set(names)) < 2 or max(Counter(names).values()) < 3:
+            why = "broken pictures leave fewer than two classes of two pictures, one of them of three"
+            rows.append(Measurement("probe_accuracy", None, target=target, seed=seed, note=why))
+            continue
 
         def read(layer: int, positions: list[int] = positions) -> torch.Tensor:
             return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
@@ -157,11 +168,21 @@ def target_rows(
     return rows
 
 
-def missing_structure(accumulator: Accumulator, has_masks: bool, *, seed: int) -> list[Measurement]:
-    """A row that says why there is no patch structure, where there is none."""
+def too_small(values: Sequence[str | None], done: Sequence[int]) -> list[str]:
+    """The classes of a label set of which the pictures in `done` hold fewer than two."""
+    counts = Counter(values[index] for index in done)
+    return sorted({str(value) for value in values if value is not None and counts[value] < 2})
+
+
+def missing_structure(
+    accumulator: Accumulator, has_masks: bool, mask_values: Collection[int] = (), *, seed: int
+) -> list[Measurement]:
+    """A row that says why there is no patch structure, where there is none. `mask_values`: those that masks hold."""
     if has_masks and accumulator.objects:
         return []
     why = "no object has two patches inside and one outside" if has_masks else "no masks were given"
+    if 255 in mask_values and not set(mask_values) - {0, 255}:
+        why = "all non-zero pixels of the masks are 255, which means ignore; give objects other values, such as 1"
     return [Measurement("gap", None, variant="raw", seed=seed, note=why)]
 
 

@@ -1,7 +1,7 @@
 """A run's folder: its numbers, what made them, and a few pictures to look at.
 
 rows.jsonl     one Measurement a line
-run.json       label, command, versions, model, depth, PRe layer, prompt, seed, counts
+run.json       kind ("diagnosis", "training"), label, command, versions, model, depth, PRe layer, prompt, seed, counts
 config.yaml    the resolved configuration
 examples/      pictures, masks and examples.json
 report.html    written by keepsight.report
@@ -9,8 +9,11 @@ report.html    written by keepsight.report
 
 import datetime
 import json
+import os
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from keepsight.results.storage import make_folder, storage_error, write_file
 
 RUN_FILE = "run.json"
 _OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md")
+_TRAINING = ("stages", "curves.jsonl", "model")  # what a training's folder holds beside them
+_STAGE = ".keepsight-"  # start of the name of the folder that holds a run that is not whole yet
 
 
 @dataclass(frozen=True)
@@ -81,27 +86,32 @@ class RunDirectory:
         seed: int | None = None,
         counts: Mapping[str, int] | None = None,
         targets: Mapping[str, str] | None = None,
+        kind: str | None = None,
         overwrite: bool = False,
         **extra: Any,
     ) -> "RunDirectory":
         """Start a run in `path`, a folder that is new or empty, and write its run.json.
 
+        What is written to the run later may fail; `staged` replaces a run whole or not at all.
+
         Args:
             command: what to type to get the run again; the running command unless given.
             counts: such as {"images": 400, "skipped images": 2}.
             targets: label set → "asked" or "never asked"; the report keeps the two apart.
+            kind: what the run is: "diagnosis", "training". A run of one kind never replaces one of another.
             overwrite: replace a run that is already there. Only keepsight's own files are removed, and only from
                 a folder that holds a run.
             extra: further JSON values for run.json.
 
         Raises:
-            FileExistsError: if the folder holds a run and `overwrite` is off, or holds something else.
+            FileExistsError: if the folder holds a run and `overwrite` is off, a run of another kind, or something else.
             StorageError: if the folder cannot be written to.
         """
         path = Path(path)
-        holds_run = _check_vacant(path, overwrite)
+        holds_run = _check_vacant(path, overwrite, kind)
         make_folder(path)
         info = {
+            **({} if kind is None else {"kind": kind}),
             "label": label,
             "command": command_line() if command is None else command,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -118,10 +128,46 @@ class RunDirectory:
             **extra,
         }
         run = cls(path, info)
-        run._write_info()  # before anything is removed: on a full disk the old run is still whole
+        run._write_info()  # first: where not even this can be written, nothing is removed
         if holds_run:
             run._remove_results()
         return run
+
+    @classmethod
+    @contextmanager
+    def staged(
+        cls, path: str | Path, *, label: str, kind: str | None = None, overwrite: bool = False, **known: Any
+    ) -> Iterator["RunDirectory"]:
+        """A run that appears in `path` when the block ends, whole or not at all.
+
+        Everything that the block writes to the run goes to a hidden folder inside `path`, and is moved at the end. If
+        anything fails, `path` is as it was: the old run whole, or no folder.
+
+        Args: those of `create`.
+
+        Raises:
+            FileExistsError, StorageError: as `create`.
+        """
+        path = Path(path)
+        _check_vacant(path, overwrite, kind)
+        with _room(path) as stage:
+            old = make_folder(stage / "old")
+            run = cls.create(stage / "new", label=label, kind=kind, **known)
+            yield run
+            _swap(run.path, path, old)
+            run.path = path
+
+    @classmethod
+    def check(cls, path: str | Path, *, kind: str | None = None, overwrite: bool = False) -> None:
+        """Raise now what `create` or `staged` would raise after the work; leaves nothing behind.
+
+        Raises:
+            FileExistsError, StorageError: as `create`.
+        """
+        path = Path(path)
+        _check_vacant(path, overwrite, kind)
+        with _room(path) as stage:
+            write_file(stage / RUN_FILE, "{}\n")
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -145,6 +191,14 @@ class RunDirectory:
         if not isinstance(info, dict) or not isinstance(info.get("label"), str):
             raise ValueError(f"'{file}' has no 'label'; it was edited or is not a keepsight run")
         return cls(path, info)
+
+    @property
+    def kind(self) -> str | None:
+        """What run.json says the run is; one that does not say and holds what only a training leaves is that."""
+        told = self.info.get("kind")
+        if told is None and any((self.path / name).exists() for name in _TRAINING):
+            return "training"
+        return told
 
     @property
     def label(self) -> str:
@@ -254,22 +308,66 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_vacant(path: Path, overwrite: bool) -> bool:
+def _check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
     """Whether `path` holds a run that may be replaced; False where it is new or empty."""
     if (path / RUN_FILE).is_file():
-        if overwrite:
-            return True
-        raise FileExistsError(
-            f"'{path}' already holds a run ('{RUN_FILE}' is there). Choose another folder, or pass "
-            "overwrite=True (--overwrite) to replace it"
-        )
-    if path.is_dir() and (content := sorted(entry.name for entry in path.iterdir())):
+        try:
+            there = RunDirectory.open(path).kind
+        except ValueError as cause:
+            if overwrite:
+                raise FileExistsError(f"'{path}' cannot be overwritten: {cause}. Choose another folder") from cause
+            there = None
+        if None not in (kind, there) and kind != there:
+            raise FileExistsError(
+                f"'{path}' holds a {there} run, which a {kind} must not replace, not even with overwrite=True "
+                "(--overwrite). Choose another folder"
+            )
+        if not overwrite:
+            raise FileExistsError(
+                f"'{path}' already holds a run ('{RUN_FILE}' is there). Choose another folder, or pass "
+                "overwrite=True (--overwrite) to replace it"
+            )
+        return True
+    content = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if content := [name for name in content if not name.startswith(_STAGE)]:
         listed = ", ".join(content[:3]) + (", …" if len(content) > 3 else "")
         raise FileExistsError(
             f"'{path}' is not empty and holds no keepsight run ({listed}). Choose a new or empty folder; "
             "overwriting never touches files that keepsight did not write"
         )
     return False
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[Path]:
+    """A hidden folder inside `path`, gone afterwards, as are the folders made for it that are empty then."""
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    stage = path / f"{_STAGE}{secrets.token_hex(4)}"
+    try:
+        make_folder(path)
+        yield make_folder(stage)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Move a run's files from `path` to `old` and those of `new` to `path`; if one cannot be moved, all go back."""
+    moves = [(path / name, old / name) for name in (RUN_FILE, *_OWN_FILES) if (path / name).is_file()]
+    if (path / "examples" / "examples.json").is_file():
+        moves.append((path / "examples", old / "examples"))
+    moves += [(entry, path / entry.name) for entry in sorted(new.iterdir())]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            done.append((source, target))
+    except BaseException as cause:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        raise storage_error(moves[len(done)][1], cause) if isinstance(cause, OSError) else cause from cause
 
 
 def _save_png(image: Image.Image, path: Path) -> None:

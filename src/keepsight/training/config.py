@@ -180,6 +180,8 @@ class TrainConfig:
                     f"stage '{name}' has no data; set `data.conversations` (LLaVA JSON) or `data.dataset` "
                     f"(HuggingFace), or the stage's own `{name}.data.…`."
                 )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; allowed: 0 or more.")
         if self.save_steps is not None and self.save_steps < 1:
             raise ValueError(f"save_steps is {self.save_steps}; allowed: 1 or more, or null for no checkpoints.")
         if self.max_length is not None and self.max_length < 1:

@@ -24,6 +24,8 @@ from keepsight.training.conversations import (
 class HubConversations:
     """A HuggingFace data set with `messages`, and `images` where there are any.
 
+    `images` holds a list of pictures or paths in each row, or one of them.
+
     A message has a `role` (system, user or assistant) and a `content`: a string, with `<image>` where a picture
     goes, or a list of image and text parts. Pictures are decoded when an entry is read, not here.
 
@@ -58,7 +60,7 @@ class HubConversations:
 
     def __getitem__(self, index: int) -> Conversation:
         entry = self.dataset[index]
-        images = tuple(self._source(image, number) for number, image in enumerate(entry.get("images") or []))
+        images = tuple(self._source(image, number) for number, image in enumerate(_images(entry)))
         return Conversation(self.name(index), self._messages(entry, Counter()), images)
 
     def name(self, index: int) -> str:
@@ -66,7 +68,7 @@ class HubConversations:
         return f"entry {index}"
 
     def _check(self, entry: dict[str, Any]) -> None:
-        images = entry.get("images") or []
+        images = _images(entry)
         check_image_count(self._messages(entry, self.trimmed), len(images))
         for number, image in enumerate(images):
             self._source(image, number)
@@ -99,6 +101,14 @@ class HubConversations:
         return check_turns(messages, trimmed)
 
 
+def _images(entry: dict[str, Any]) -> Sequence[Any]:
+    """The pictures of an entry, which holds a list of them, one, or none."""
+    given = entry.get("images")
+    if not given:
+        return []
+    return given if isinstance(given, list | tuple) else [given]
+
+
 def _undecoded(dataset: Any) -> Any:
     """The data set with its pictures as bytes or paths, so that the check decodes none of them."""
     if "images" not in (getattr(dataset, "column_names", None) or []) or not hasattr(dataset, "cast_column"):
@@ -107,6 +117,8 @@ def _undecoded(dataset: Any) -> Any:
     from datasets import List
 
     feature = dataset.features["images"]
+    if isinstance(feature, ImageFeature):
+        return dataset.cast_column("images", ImageFeature(decode=False))
     if isinstance(getattr(feature, "feature", None), ImageFeature):
         return dataset.cast_column("images", List(ImageFeature(decode=False)))
     return dataset
@@ -121,17 +133,25 @@ def _light_entries(dataset: Any, chunk: int = 1000) -> Iterator[dict[str, Any]]:
         messages = table.column("messages").to_pylist()
         images: list[Any] = [None] * len(messages)
         if "images" in table.column_names:
-            lists = table.column("images").combine_chunks()
-            values = lists.flatten()
-            if hasattr(values.type, "names") and {"bytes", "path"} <= set(values.type.names):
-                held = values.field("bytes").is_valid().to_pylist()
-                flat = [{"bytes": b, "path": p} for b, p in zip(held, values.field("path").to_pylist(), strict=True)]
+            column = table.column("images").combine_chunks()
+            if hasattr(column, "value_lengths"):
+                flat = _light_pictures(column.flatten())
+                lengths = [length or 0 for length in column.value_lengths().to_pylist()]
+                ends = list(accumulate(lengths))
+                images = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
             else:
-                flat = values.to_pylist()
-            lengths = [length or 0 for length in lists.value_lengths().to_pylist()]
-            ends = list(accumulate(lengths))
-            images = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+                images = _light_pictures(column)
         yield from ({"messages": m, "images": i} for m, i in zip(messages, images, strict=True))
+
+
+def _light_pictures(values: Any) -> list[Any]:
+    """An arrow array of pictures, their bytes replaced by `True`, or of paths."""
+    if not hasattr(values.type, "names") or not {"bytes", "path"} <= set(values.type.names):
+        return values.to_pylist()
+    held = values.field("bytes").is_valid().to_pylist()
+    whole = values.is_valid().to_pylist()
+    paths = values.field("path").to_pylist()
+    return [{"bytes": b, "path": p} if w else None for w, b, p in zip(whole, held, paths, strict=True)]
 
 
 def content_parts(content: Any) -> list[Message]:

@@ -97,10 +97,14 @@ def _references(entry: dict[str, Any]) -> list[str]:
 def _read_entries(path: Path) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"the conversation file '{path}' does not exist.")
-    text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise ConversationError(f"'{path}' is not UTF-8 text ({cause.reason}); save it as UTF-8") from cause
+    try:
+        if path.suffix.lower() == ".jsonl":
+            # Not splitlines: JSON allows other line separators, such as U+2028, inside its strings.
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             entries = json.loads(text)
     except json.JSONDecodeError as cause:

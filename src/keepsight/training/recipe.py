@@ -229,7 +229,11 @@ def _attach(model: Any, config: TrainConfig, stage: StageConfig, handle: Handle 
 
 def _start(config: TrainConfig) -> RunDirectory:
     run = RunDirectory.create(
-        config.out, label=config.label or Path(config.out).name, model=_model_name(config.model), seed=config.seed
+        config.out,
+        label=config.label or Path(config.out).name,
+        model=_model_name(config.model),
+        seed=config.seed,
+        kind="training",
     )
     run.write_config(config)
     return run
