@@ -263,3 +263,8 @@ def test_checkpoints_need_logged_steps(tmp_path):
         training_arguments(found, "full", found.full)
     without = config(out=str(tmp_path), save_steps=None, trainer={"use_cpu": True, "logging_strategy": "epoch"})
     assert training_arguments(without, "full", without.full).save_strategy == "no"
+
+
+def test_a_seed_below_zero_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="seed is -1; allowed: 0 or more"):
+        config(out=str(tmp_path), seed=-1)
