@@ -253,9 +253,10 @@ def _reopen(config: TrainConfig) -> RunDirectory:
             f"'{config.out}' was started with another configuration ({listed}). Go on with the recipe and flags it was "
             "started with (its config.yaml), or train into another folder."
         )
-    for name in config.stages():
-        remove_halves(run.path / STAGES / name)
-    run.write_config(config)
+    if not run.info.get("finished"):
+        for name in config.stages():
+            remove_halves(run.path / STAGES / name)
+        run.write_config(config)
     return run
 
 

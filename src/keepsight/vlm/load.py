@@ -64,7 +64,9 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError) as cause:
+    except SafetensorError as cause:
+        raise LoadError(_hint(place, "its weights file (.safetensors) is cut off or damaged", cause)) from cause
+    except OSError as cause:
         raise LoadError(_hint(place, "it has no safetensors weights that can be read", cause)) from cause
     model, report = loaded
     absent = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
