@@ -191,9 +191,7 @@ def test_errors_that_the_user_can_mend(tmp_path: Path, labelled: Path, capsys) -
     assert "9" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    assert "weights file (.safetensors) is cut off or damaged" in fails(
-        ["diagnose", model, images, out], capsys
-    )
+    assert "weights file (.safetensors) is cut off or damaged" in fails(["diagnose", model, images, out], capsys)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

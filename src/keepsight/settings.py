@@ -50,11 +50,10 @@ def leaves(cls: type, prefix: str = "", defaults: Any = None) -> Iterator[Leaf]:
 
 def build(cls: type[Config], values: Namespace | dict[str, Any]) -> Config:
     """The dataclass from parsed values, nested ones included."""
-    hints = get_type_hints(cls)
     chosen = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        value, hint = values[field.name], hints[field.name]
-        chosen[field.name] = build(hint, value) if dataclasses.is_dataclass(hint) else value  # type: ignore[arg-type]
+    for name, hint in get_type_hints(cls).items():
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        chosen[name] = build(hint, values[name]) if nested else values[name]
     return cls(**chosen)
 
 

@@ -161,7 +161,7 @@ def _device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name).cpu()
-    except Exception as cause:  # each back-end has its own: RuntimeError, AssertionError, NotImplementedError, …
+    except (RuntimeError, AssertionError, ImportError) as cause:  # which of them, depends on the back-end
         reason = str(cause).strip().split("\n")[0].rstrip(".")
         raise ValueError(
             f"device is {name!r}, which cannot be used here ({reason}); allowed: 'auto', 'cpu', or a device of this "

@@ -205,9 +205,11 @@ class Accumulator:
         groups = self._batch.group[self._batch.image]
         for index, chosen in enumerate((~sinks, sinks)):
             for group in groups[chosen].unique().tolist():
-                if both[index] is None:
-                    both[index] = CovarianceSums(x.shape[1], shift=self.calibration[layer].mean, device=str(x.device))
-                both[index].update(x[chosen & (groups == group)], group)  # type: ignore[union-attr]
+                sums = both[index]
+                if sums is None:
+                    sums = CovarianceSums(x.shape[1], shift=self.calibration[layer].mean, device=str(x.device))
+                    both[index] = sums
+                sums.update(x[chosen & (groups == group)], group)
 
     def end(self) -> None:
         """The forward of the present batch is over: write its rows."""

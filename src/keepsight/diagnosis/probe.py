@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,11 +204,11 @@ def drop_with_interval(
 def probe_rows(probe: Probe, *, target: str, middle: int | None, seed: int) -> list[Measurement]:
     """The rows of one label set. `middle`: the layer of probe_drop, None if it was not captured."""
     n = probe.correct.shape[1]
-    common = {"n": n, "target": target, "seed": seed}
+    common: dict[str, Any] = {"n": n, "target": target, "seed": seed}
 
-    def share(metric: str, answers: np.ndarray, **fields: object) -> Measurement:
+    def share(metric: str, answers: np.ndarray, **fields: Any) -> Measurement:
         low, high = wilson(int(answers.sum()), n)
-        return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields)  # type: ignore[arg-type]
+        return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields)
 
     rows = [share("probe_chance", probe.majority, note="most frequent training class")]
     for i, layer in enumerate(probe.layers):

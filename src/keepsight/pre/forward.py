@@ -21,7 +21,7 @@ from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen
 from keepsight.vlm.features import before_decoder
 from keepsight.vlm.grids import ImageTokens
-from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, unwrap
+from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out
 
 ANCHOR = "anchor"  # the name of the target that is no layer
 
@@ -82,7 +82,7 @@ class ForwardPass:
         vlm = self.vlm
         # Bound methods, so that a deep copy of the model carries hooks of its own.
         return [
-            unwrap(vlm.model).register_forward_pre_hook(self._take_extra, with_kwargs=True),
+            vlm.base.register_forward_pre_hook(self._take_extra, with_kwargs=True),
             vlm.core.register_forward_pre_hook(self._begin, with_kwargs=True),
             vlm.core.register_forward_hook(self._finish),
             vlm.layers[0].register_forward_pre_hook(self._take_inputs, with_kwargs=True),
@@ -194,7 +194,7 @@ class ForwardPass:
         It reduces the gradients of a group of parameters together, and waits for ever where a process without
         pictures has none for them; so every process gives all of them one.
         """
-        if not isinstance(unwrap(self.vlm.model), FSDPModule):
+        if not isinstance(self.vlm.base, FSDPModule):
             return 0.0
         parts = [parameter.sum().float() for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
         return 0.0 * torch.stack(parts).sum() if parts else 0.0

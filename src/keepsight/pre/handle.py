@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,7 @@ class Handle(TrainerCallback):
     @property
     def head(self) -> PredictionHead:
         """The head of `layer`."""
-        return self.predictors.heads[str(self.layer)]  # type: ignore[return-value]
+        return cast(PredictionHead, self.predictors.heads[str(self.layer)])
 
     @property
     def steps(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class Predictors(Float32Module):
 
     def statistics_of(self, target: str) -> AnchorStatistics | None:
         """The running statistics of a target, if it is normalised."""
-        return dict(self.statistics.items()).get(target)  # type: ignore[return-value]
+        return cast(AnchorStatistics | None, dict(self.statistics.items()).get(target))
 
     def commit_statistics(self) -> None:
         """End of an optimizer step."""

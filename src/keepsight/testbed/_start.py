@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
@@ -18,8 +20,8 @@ def start_looking_up(model: LlamaForCausalLM | Qwen2ForCausalLM, sharpness: floa
     config, layers = model.config, model.model.layers
     width = config.hidden_size // config.num_attention_heads
     half = width // 2
-    assert config.rope_parameters is not None
-    base = float(config.rope_parameters["rope_theta"])  # type: ignore[arg-type]
+    rope: Any = config.rope_parameters
+    base = float(rope["rope_theta"])
     angle = base ** -(torch.arange(planes) / half)  # [planes], radians a token
     model.model.embed_tokens.weight[:, 0] = 1.0
     query, key = layers[0].self_attn.q_proj.weight, layers[0].self_attn.k_proj.weight  # [heads · width, d]

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from keepsight.pre.handle import HEAD
-from keepsight.vlm.view import Vlm, unwrap
+from keepsight.vlm.features import encoder_of
+from keepsight.vlm.view import Vlm
 
 # Families that keep the projector inside the encoder name it so.
 _PROJECTOR_IN_ENCODER = ("merger", "deepstack_merger_list")
@@ -17,12 +18,13 @@ def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     The language model is the decoder, its embeddings and the output layer; the projector is whatever is neither the
     language model nor the encoder, and a patch merger inside the encoder (Qwen).
     """
-    base = unwrap(model)
-    language = {id(p) for p in Vlm(model).decoder.parameters()}
-    output = base.get_output_embeddings()  # type: ignore[operator]
+    vlm = Vlm(model)
+    base = vlm.base
+    language = {id(p) for p in vlm.decoder.parameters()}
+    output = base.get_output_embeddings()
     if output is not None:
         language |= {id(p) for p in output.parameters()}
-    encoder = base.get_encoder(modality="image")  # type: ignore[operator]
+    encoder = encoder_of(vlm)
     inside = {
         id(p) for name, child in encoder.named_children() if name in _PROJECTOR_IN_ENCODER for p in child.parameters()
     }

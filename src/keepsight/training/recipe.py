@@ -34,12 +34,8 @@ from keepsight.training.trainer import PReTrainerMixin
 from keepsight.vlm.load import load_model
 
 CURVES = "curves.jsonl"
-_FREE = {
-    "label",
-    "out",
-    "save_steps",
-    "skip_broken",
-}  # may differ when a run goes on: they do not change what it learns
+# What may differ when a run goes on, because it does not change what is learned.
+_FREE = {"label", "out", "save_steps", "skip_broken"}
 MODEL = "model"
 
 
@@ -88,9 +84,9 @@ def train(
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
     main = int(os.environ.get("RANK", "0")) == 0
     resuming = resume and (Path(config.out) / RUN_FILE).is_file()
+    if resuming and (there := RunDirectory.open(config.out)).info.get("finished") and not _differences(there, config):
+        return there  # in every process
     run = (_reopen(config) if resuming else _start(config)) if main else None
-    if run is not None and run.info.get("finished"):
-        return run
     try:
         set_seed(config.seed)
         sources = {} if datasets else _sources(config)  # before the model: cheap, and the likelier to be refused
@@ -246,18 +242,21 @@ def _reopen(config: TrainConfig) -> RunDirectory:
         ValueError: if it was started with another configuration.
     """
     run = RunDirectory.open(config.out)
-    different = {name: both for name, both in run.differences(config).items() if name not in _FREE}
+    different = _differences(run, config)
     if different:
         listed = "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(different.items())[:5])
         raise ValueError(
             f"'{config.out}' was started with another configuration ({listed}). Go on with the recipe and flags it was "
             "started with (its config.yaml), or train into another folder."
         )
-    if not run.info.get("finished"):
-        for name in config.stages():
-            remove_halves(run.path / STAGES / name)
-        run.write_config(config)
+    for name in config.stages():
+        remove_halves(run.path / STAGES / name)
+    run.write_config(config)
     return run
+
+
+def _differences(run: RunDirectory, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    return {name: both for name, both in run.differences(config).items() if name not in _FREE}
 
 
 def _curves(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from keepsight.pre.handle import HEAD, Handle, handle_of
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what it is mixed into
+else:
+    _Trainer = object
 
-class PReTrainerMixin:
+
+class PReTrainerMixin(_Trainer):
     """Adds ``λ · L_PRe`` to the loss of a `Trainer` subclass: ``class MyTrainer(PReTrainerMixin, Trainer)``.
 
     Attach to the model first (`keepsight.attach`); everything else stays as it was. L_PRe is the mean over the pictures
@@ -32,7 +37,8 @@ class PReTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        handle = handle_of(self.model)  # type: ignore[attr-defined]
+        assert self.model is not None
+        handle = handle_of(self.model)
         if handle is None:
             raise ValueError(
                 "the trainer's model has no predictive regularization attached: call "
@@ -44,15 +50,15 @@ class PReTrainerMixin:
                 "again: attach without inject, or use the plain trainer with callbacks=[handle]."
             )
         self.pre: Handle = handle
-        self.add_callback(handle)  # type: ignore[attr-defined]
+        self.add_callback(handle)
         # The one place that every version of Trainer clips through.
-        self._clip = self.accelerator.clip_grad_norm_  # type: ignore[attr-defined]
-        self.accelerator.clip_grad_norm_ = self._clip_apart  # type: ignore[attr-defined]
+        self._clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_apart
         self._pre_log = _Running()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.pre.config.head_lr
         head = {id(parameter) for parameter in self.pre.parameters()}
         if rate is None or any(group.get("keepsight_head") for group in optimizer.param_groups):
@@ -76,17 +82,17 @@ class PReTrainerMixin:
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step, their pictures counted over all processes."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.pre.config.active:
             images = torch.tensor(sum(self.pre.count_images(batch) for batch in batches), device=device)
-            self.pre.images_in_step = int(self.accelerator.reduce(images, reduction="sum"))  # type: ignore[attr-defined]
+            self.pre.images_in_step = int(self.accelerator.reduce(images, reduction="sum"))
         return batches, items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's loss plus ``λ · L_PRe``, scaled so that its gradient is that of the global mean."""
-        result = super().compute_loss(  # type: ignore[misc]
+        result: Any = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         if not (model.training and torch.is_grad_enabled()):
@@ -98,8 +104,8 @@ class PReTrainerMixin:
             loss = loss + 0.0 * torch.stack([p.sum().to(loss) for p in learning]).sum()
         # What the trainer will still do to this number: divide by the accumulation steps unless the LM loss was
         # normalised over the step already; DistributedDataParallel averages gradients over processes.
-        divisor = 1 if self._normalised_over_step(num_items_in_batch) else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-        processes = self.accelerator.num_processes  # type: ignore[attr-defined]
+        divisor = 1 if self._normalised_over_step(num_items_in_batch) else self.current_gradient_accumulation_steps
+        processes = self.accelerator.num_processes
         predictive = self.pre.loss.to(loss.device)
         self._pre_log.add(loss.detach() / divisor, self.pre)
         total = loss + predictive * (divisor * processes)
@@ -107,7 +113,7 @@ class PReTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self._resumed_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Resuming: `Trainer` reads weights by the names in the file, and several families (LLaVA, …) have others in
@@ -115,7 +121,7 @@ class PReTrainerMixin:
         base = self.pre.vlm.base
         own = {name for name, _ in base.named_parameters() if HEAD not in name.split(".")}
         if own & set(load_result.missing_keys) and hasattr(base, "from_pretrained"):
-            plain = type(base).from_pretrained(self._resumed_from, dtype=base.dtype)
+            plain = type(base).from_pretrained(self._resumed_from, dtype=base.dtype, use_safetensors=True)
             load_result = base.load_state_dict(plain.state_dict(), strict=False)
             lost = sorted(own & set(load_result.missing_keys))
             if lost:
@@ -124,14 +130,14 @@ class PReTrainerMixin:
                     "from other weights: it is of another model. Resume with the model it was written from."
                 )
             return
-        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+        super()._issue_warnings_after_load(load_result)
 
     def _normalised_over_step(self, num_items_in_batch: Any) -> bool:
         flag = getattr(self, "loss_is_scaled_for_ga", None)
         if flag is not None:
             return flag
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-        return by_model or self.compute_loss_func is not None  # type: ignore[attr-defined]
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
 
     def _clip_apart(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Any:
         """Clip the model's gradients as if the head were not there, then the head's by themselves."""
@@ -145,16 +151,16 @@ class PReTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with what the predictive loss saw since the last one."""
         if "loss" in logs and self._pre_log.steps:
-            logs.update(self._pre_log.read(self.accelerator))  # type: ignore[attr-defined]
+            logs.update(self._pre_log.read(self.accelerator))
             if self.pre.config.warmup_steps or self.pre.config.decay_steps:
                 logs["pre_weight"] = self.pre.weight
             self._pre_log = _Running()
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; counts optimizer steps for the log."""
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self.accelerator.gradient_state.sync_gradients:  # type: ignore[attr-defined]
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.gradient_state.sync_gradients:
             self._pre_log.steps += 1
         return loss
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from keepsight.vlm.grids import ImageTokens, resampled
 from keepsight.vlm.newlines import NEWLINE_TILES, newline_tokens, packed
-from keepsight.vlm.view import Vlm, unwrap
+from keepsight.vlm.view import Vlm
 
 # Where families keep the module between encoder and decoder.
 _PROJECTORS = ("multi_modal_projector", "multimodal_projector", "connector", "aligner", "embed_vision", "mm_projector")
@@ -21,7 +21,7 @@ _INSIDE_ENCODER = ("merger",)
 
 def encoder_of(vlm: Vlm) -> nn.Module:
     """The vision encoder (with a patch merger inside it, in Qwen-VL and kin)."""
-    return unwrap(vlm.model).get_encoder(modality="image")  # type: ignore[operator]
+    return vlm.base.get_encoder(modality="image")
 
 
 def projector_of(vlm: Vlm) -> nn.Module:

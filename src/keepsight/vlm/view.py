@@ -18,15 +18,15 @@ _OUT_OF_SCOPE = {
 }
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside the wrappers of DDP, `torch.compile` and PEFT."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
+            model = model.get_base_model()
         else:
             return model
 
@@ -72,11 +72,11 @@ class Vlm:
             )
         self.image_token_id = int(image_token_id)
         self.config: Any = config
-        self.core: nn.Module = base.base_model  # type: ignore[assignment]
-        self.decoder = _decoder(base, self.family)
-        self.layers: nn.ModuleList = self.decoder.layers  # type: ignore[assignment]
+        self.core: nn.Module = base.base_model
+        self.decoder: Any = _decoder(base, self.family)
+        self.layers: nn.ModuleList = self.decoder.layers
         self.depth = len(self.layers)
-        self.width = int(self.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.width = int(self.decoder.config.hidden_size)
         self.bidirectional_images = self.family in BIDIRECTIONAL_IMAGES
         self._signature = inspect.signature(self.core.forward)
         if "input_ids" not in self._signature.parameters:
@@ -93,7 +93,7 @@ class Vlm:
     @property
     def final_norm(self) -> nn.Module:
         """The norm between the last decoder layer and the LM head."""
-        return self.decoder.norm  # type: ignore[return-value]
+        return self.decoder.norm
 
     @property
     def lm_head(self) -> nn.Module:
@@ -102,10 +102,10 @@ class Vlm:
         Raises:
             ValueError: for a base model that has none.
         """
-        head = unwrap(self.model).get_output_embeddings()  # type: ignore[operator]
+        head = self.base.get_output_embeddings()
         if head is None:
             raise ValueError(
-                f"{type(unwrap(self.model)).__name__} has no LM head; load the model with AutoModelForImageTextToText."
+                f"{type(self.base).__name__} has no LM head; load the model with AutoModelForImageTextToText."
             )
         return head
 
@@ -166,8 +166,8 @@ class Vlm:
         return f"Vlm(family={self.family!r}, depth={self.depth}, width={self.width})"
 
 
-def _decoder(base: nn.Module, family: str) -> nn.Module:
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+def _decoder(base: Any, family: str) -> Any:
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     if not hasattr(decoder, "layers") and hasattr(decoder, "model"):
         decoder = decoder.model  # one wrapper more, as in Llama4
     layers = getattr(decoder, "layers", None)
