@@ -130,6 +130,18 @@ def test_every_layer_has_every_metric(result):
     assert len(result.info["prompt_sha256"]) == 64
 
 
+def test_what_each_picture_adds_averages_to_the_number(result, world):
+    kept = result.per_image
+    assert kept is not None
+    rows = {row.key: row for row in result.rows}
+    assert set(kept.images) == {str(path.relative_to(world[0])) for path in world[0].rglob("*.png")}
+    metrics = {key.metric for key in kept.keys}
+    assert metrics >= {"probe_accuracy", "probe_drop", "cohesion", "coupling", "gap", "contrast", "token_homogeneity"}
+    for key in kept.keys:
+        if rows[key].value is not None:
+            assert np.nanmean(kept.of(key)) == pytest.approx(rows[key].value, rel=1e-5, abs=1e-5), key
+
+
 def test_saved_and_reported(result, tmp_path):
     run = result.save(tmp_path / "run")
     assert RunDirectory.open(run.path).read_rows() == result.rows

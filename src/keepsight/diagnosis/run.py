@@ -17,7 +17,7 @@ from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows, too_small
-from keepsight.results import fingerprint, prompt_hash, versions
+from keepsight.results import PerImageBuilder, fingerprint, prompt_hash, versions
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.inference import inference
@@ -94,16 +94,18 @@ def diagnose(
             vlm, loader, chosen, Path(folder), exact=exact, calibration_images=calibration_images, progress=progress
         )
         middle = vlm.resolve_layer("middle")
+        per_image = PerImageBuilder([pictures.items[index].name for index in done])
         rows = target_rows(
             accumulator,
             pictures.labels,
             done,
             middle,
+            per_image,
             seed=seed,
             progress=progress,
             unlabelled=pictures.unlabelled,
         )
-        rows += image_rows(accumulator, seed=seed)
+        rows += image_rows(accumulator, per_image, seed=seed)
         rows += missing_structure(accumulator, has_masks, loader.mask_values, seed=seed)
         for position in tracked(range(len(chosen)), "spectrum", progress):
             rows += spectrum_rows(accumulator, position, seed=seed)
@@ -142,7 +144,7 @@ def diagnose(
         "exact": exact,
         "calibration_images": calibration_images,
     }
-    return Diagnosis(rows, info, config, choose_examples(pictures, done, split_components))
+    return Diagnosis(rows, info, config, choose_examples(pictures, done, split_components), per_image.finish())
 
 
 def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:
