@@ -14,6 +14,7 @@ from keepsight import __version__
 COMMANDS = {
     "demo": "train the tiny testbed model without and with PRe, diagnose both, write one report (minutes, offline)",
     "diagnose": "measure what is left of pictures at every layer of a model; rows, report and configuration",
+    "export": "write what a training run trained as a plain transformers checkpoint (or adapter) with a model card",
     "train": "train a model in LLaVA's two stages from a recipe, with PRe or without",
 }
 PACKAGE = Path(__file__).resolve().parent

@@ -9,11 +9,9 @@ report.html    written by keepsight.report
 
 import datetime
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ from PIL import Image
 
 from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.provenance import command_line, prompt_hash, versions
+from keepsight.results.staging import entries, move, room
 from keepsight.results.storage import make_folder, storage_error, write_file
 
 RUN_FILE = "run.json"
 _OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md")
-_TRAINING = ("stages", "curves.jsonl", "model")  # what a training's folder holds beside them
-_STAGE = ".keepsight-"  # start of the name of the folder that holds a run that is not whole yet
+_TRAINING = ("stages", "curves.jsonl", "model", "adapter")  # what a training's folder holds beside them
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class RunDirectory:
         """
         path = Path(path)
         _check_vacant(path, overwrite, kind)
-        with _room(path) as stage:
+        with room(path) as stage:
             old = make_folder(stage / "old")
             run = cls.create(stage / "new", label=label, kind=kind, **known)
             yield run
@@ -166,7 +164,7 @@ class RunDirectory:
         """
         path = Path(path)
         _check_vacant(path, overwrite, kind)
-        with _room(path) as stage:
+        with room(path) as stage:
             write_file(stage / RUN_FILE, "{}\n")
 
     @classmethod
@@ -328,8 +326,7 @@ def _check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
                 "overwrite=True (--overwrite) to replace it"
             )
         return True
-    content = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    if content := [name for name in content if not name.startswith(_STAGE)]:
+    if content := entries(path):
         listed = ", ".join(content[:3]) + (", …" if len(content) > 3 else "")
         raise FileExistsError(
             f"'{path}' is not empty and holds no keepsight run ({listed}). Choose a new or empty folder; "
@@ -338,36 +335,12 @@ def _check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
     return False
 
 
-@contextmanager
-def _room(path: Path) -> Iterator[Path]:
-    """A hidden folder inside `path`, gone afterwards, as are the folders made for it that are empty then."""
-    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
-    stage = path / f"{_STAGE}{secrets.token_hex(4)}"
-    try:
-        make_folder(path)
-        yield make_folder(stage)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-
-
 def _swap(new: Path, path: Path, old: Path) -> None:
     """Move a run's files from `path` to `old` and those of `new` to `path`; if one cannot be moved, all go back."""
     moves = [(path / name, old / name) for name in (RUN_FILE, *_OWN_FILES) if (path / name).is_file()]
     if (path / "examples" / "examples.json").is_file():
         moves.append((path / "examples", old / "examples"))
-    moves += [(entry, path / entry.name) for entry in sorted(new.iterdir())]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            os.rename(source, target)
-            done.append((source, target))
-    except BaseException as cause:
-        for source, target in reversed(done):
-            os.rename(target, source)
-        raise storage_error(moves[len(done)][1], cause) if isinstance(cause, OSError) else cause from cause
+    move(moves + [(entry, path / entry.name) for entry in sorted(new.iterdir())])
 
 
 def _save_png(image: Image.Image, path: Path) -> None:
