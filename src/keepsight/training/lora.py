@@ -6,6 +6,7 @@ The adapters are put into the model in place, and the names of the parameters th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def adapt(model: nn.Module, lora: LoraConfig, *, quantise: bool = True) -> Any:
 
     chosen = targets(model, lora)
     if lora.load_in_4bit and quantise:
-        _quantise(model, chosen)
+        _quantise(model, targets(model, replace(lora, target_modules=None)))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert lora.rank is not None
     wrapped = peft.get_peft_model(
