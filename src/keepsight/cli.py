@@ -17,6 +17,7 @@ COMMANDS = {
     "diagnose": "measure what is left of pictures at every layer of a model; rows, report and configuration",
     "compare": "put runs side by side: differences in pairs, one report, an exit status for pipelines",
     "train": "train a model in LLaVA's two stages from a recipe, with PRe or without",
+    "export": "write what a training run trained as a plain transformers checkpoint (or adapter) with a model card",
 }
 PACKAGE = Path(__file__).resolve().parent
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)

@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 
 from keepsight.results.examples import Example, read_examples, write_examples
+from keepsight.results.layout import EXAMPLES, RUN_FILE, check_vacant, kind_of, own_entries, read_info, swap
 from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, read_per_image, write_per_image
 from keepsight.results.provenance import command_line, prompt_hash, versions
-from keepsight.results.staging import EXAMPLES, RUN_FILE, check_vacant, kind_of, own_entries, read_info, room, swap
+from keepsight.results.staging import room
 from keepsight.results.storage import make_folder, to_json, write_file
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from keepsight.pre import Handle
+from keepsight.pre.handle import HEAD
 from keepsight.results import write_file
 
 WEIGHTS = "weights.safetensors"
@@ -41,13 +42,16 @@ def save_weights(model: torch.nn.Module, folder: Path, learned: Iterable[str]) -
     save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
+def load_weights(model: torch.nn.Module, folder: Path, *, heads: bool = True) -> set[str]:
     """Read `save_weights`' file back; returns the names it holds.
+
+    Args:
+        heads: whether the model has PRe's heads; else theirs are left out.
 
     Raises:
         CheckpointError: if the model has no such parameter: the checkpoint is of another model or head.
     """
-    state = load_file(folder / WEIGHTS)
+    state = {name: t for name, t in load_file(folder / WEIGHTS).items() if heads or HEAD not in name.split(".")}
     unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
     if unknown:
         raise CheckpointError(

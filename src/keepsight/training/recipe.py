@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
@@ -29,20 +30,29 @@ from keepsight.training.config import DataConfig, ModelConfig, StageConfig, Trai
 from keepsight.training.conversations import ConversationSource
 from keepsight.training.data import ConversationDataset, load_source
 from keepsight.training.encode import CutError, Encoder
-from keepsight.training.freeze import train_only
-from keepsight.training.trainer import PReTrainerMixin
+from keepsight.training.freeze import parts, train_only
+from keepsight.training.lora import adapt, check_available, merged, save_adapter, targets
+from keepsight.training.trainer import PReTrainerMixin, set_apart
 from keepsight.vlm.load import load_model
 
 CURVES = "curves.jsonl"
 # What may differ when a run goes on, because it does not change what is learned.
 _FREE = {"label", "out", "save_steps", "skip_broken"}
 MODEL = "model"
+ADAPTER = "adapter"
 
 
 class KeepsightTrainer(PReTrainerMixin, Trainer):
     """HF `Trainer` with PRe, whose checkpoints hold what has learned, see `keepsight.training.checkpoints`."""
 
     learned: frozenset[str] = frozenset()
+    projector_lr: float | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projector_lr is not None:
+            set_apart(optimizer, parts(self.pre.vlm.model)["projector"], self.projector_lr, "keepsight_projector")
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
@@ -64,8 +74,9 @@ def train(
     """Train as the configuration says and leave a plain transformers checkpoint in `<out>/model`.
 
     The run's folder holds config.yaml (the resolved configuration), run.json, curves.jsonl (the loss curves: a line
-    for each log, with its stage), stages/ (what `Trainer` saves) and model/ (weights and processor). Bad settings and
-    bad data are refused before a step is taken, and leave no folder behind.
+    for each log, with its stage), stages/ (what `Trainer` saves), model/ (weights and processor; LoRA merged) and, with
+    LoRA, adapter/ (the same as a PEFT adapter). Bad settings and bad data are refused before a step is taken, and leave
+    no folder behind.
 
     Args:
         config: the run.
@@ -81,6 +92,7 @@ def train(
         FileExistsError: if `config.out` holds a run or other files.
         DeadLossError: if PRe would train nothing.
     """
+    check_available(config.lora)
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
     main = int(os.environ.get("RANK", "0")) == 0
     resuming = resume and (Path(config.out) / RUN_FILE).is_file()
@@ -90,14 +102,20 @@ def train(
     try:
         set_seed(config.seed)
         sources = {} if datasets else _sources(config)  # before the model: cheap, and the likelier to be refused
+        if model is not None and config.lora.load_in_4bit:
+            raise ValueError("lora.load_in_4bit needs a model by name (config.model), not one in memory.")
         if model is None:
             model, processor = build_model(config.model, seed=config.seed)
         datasets = datasets or _datasets(config, sources, processor)
         for stage in config.stages().values():
             train_only(model, stage.train)
+        if config.lora.rank is not None:
+            targets(model, config.lora)
         with attach(model, config.pre):
             pass  # a layer that does not exist is refused here
         before = fingerprint(model)
+        if run is not None:
+            run.update(model={"name": _model_name(config.model), "before": before})
     except BaseException:
         if run is not None and not resuming:
             _undo(run)
@@ -105,7 +123,11 @@ def train(
     handle: Handle | None = None
     curves: list[dict[str, Any]] = []
     learned: set[str] = set()
+    adapted: Any = None
     for number, (name, stage) in enumerate(config.stages().items()):
+        if adapted is None and config.uses_lora(stage):
+            set_seed(config.seed + number)
+            adapted = adapt(model, config.lora)
         learning = train_only(model, stage.train)
         handle = _attach(model, config, stage, handle)
         learned |= {key for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -127,7 +149,7 @@ def train(
             processing_class=processor,
             callbacks=[*callbacks, Checkpoints(handle)],
         )
-        trainer.learned = frozenset(learned)
+        trainer.learned, trainer.projector_lr = frozenset(learned), stage.projector_lr
         if callbacks:
             trainer.remove_callback(PrinterCallback)
         try:
@@ -151,6 +173,12 @@ def train(
     assert handle is not None
     layer, depth, width = handle.layer, handle.vlm.depth, handle.vlm.width
     handle.detach()
+    if adapted is not None and run is not None:
+        save_adapter(adapted, learned, run.path / ADAPTER, base=_model_name(config.model))
+    if adapted is not None and not config.lora.load_in_4bit:
+        model = adapted.merge_and_unload()
+    elif adapted is not None and run is not None:  # into the weights themselves, not into their 4 bits
+        model = merged(build_model(config.model, seed=config.seed)[0], run.path / ADAPTER)
     model.requires_grad_(True)
     if run is not None:
         model.save_pretrained(run.path / MODEL)
@@ -166,8 +194,6 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
     """Load the model, or put it together from an encoder and a language model; with its processor."""
     if config.path is not None:
         return load_model(config.path, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
-    import torch
-
     from keepsight.vlm.assemble import assemble
 
     assert config.vision is not None

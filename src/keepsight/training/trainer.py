@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,23 +59,8 @@ class PReTrainerMixin(_Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.pre.config.head_lr
-        head = {id(parameter) for parameter in self.pre.parameters()}
-        if rate is None or any(group.get("keepsight_head") for group in optimizer.param_groups):
-            return optimizer
-        decay = 0.0
-        for group in optimizer.param_groups:
-            if any(id(parameter) in head for parameter in group["params"]):
-                decay = max(decay, group.get("weight_decay", 0.0))
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-        optimizer.add_param_group(
-            {
-                "params": [parameter for parameter in self.pre.parameters() if parameter.requires_grad],
-                "lr": rate,
-                "weight_decay": decay,
-                "keepsight_head": True,
-            }
-        )
+        if self.pre.config.head_lr is not None:
+            set_apart(optimizer, self.pre.parameters(), self.pre.config.head_lr, "keepsight_head")
         return optimizer
 
     def get_batch_samples(
@@ -163,6 +148,20 @@ class PReTrainerMixin(_Trainer):
         if self.accelerator.gradient_state.sync_gradients:
             self._pre_log.steps += 1
         return loss
+
+
+def set_apart(optimizer: torch.optim.Optimizer, chosen: Iterable[Tensor], rate: float, mark: str) -> None:
+    """Give parameters that an optimizer holds a group and learning rate of their own; a second call does nothing."""
+    if any(group.get(mark) for group in optimizer.param_groups):
+        return
+    wanted, moved, decay = {id(parameter) for parameter in chosen}, [], 0.0
+    for group in optimizer.param_groups:
+        mine = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        if mine:
+            decay = max(decay, group.get("weight_decay", 0.0))
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+            moved += mine
+    optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": decay, mark: True})
 
 
 class _Running:
