@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
+from keepsight.diagnosis.intervals import Estimate, mean_interval, ratio_interval
 from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
-from keepsight.diagnosis.spectrum import Estimate, spectrum
+from keepsight.diagnosis.spectrum import spectrum
 from keepsight.results import Measurement
 
 NEAR_ZERO = 0.05  # a coupling below this makes the contrast ratio meaningless
-
-
-def mean_interval(values: np.ndarray) -> Estimate:
-    """Mean and 95 % t-interval of one value per image; NaN are images without a value."""
-    values = values[~np.isnan(values)].astype(np.float64)
-    if not len(values):
-        return Estimate(None, note="no image has a value")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Estimate(mean, note="no interval: one image")
-    half = float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
-    return Estimate(mean, mean - half, mean + half)
 
 
 def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> Estimate:
@@ -42,11 +29,7 @@ def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> Estimate:
         return Estimate(
             None, note=f"coupling {coupling.mean():.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
         )
-    ratio = cohesion.mean() / coupling.mean()
-    spread = mean_interval((cohesion - ratio * coupling) / coupling.mean())
-    if spread.low is None or spread.high is None:
-        return Estimate(float(ratio), note=spread.note)
-    return Estimate(float(ratio), float(ratio) + spread.low, float(ratio) + spread.high)
+    return ratio_interval(cohesion, coupling)
 
 
 def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
@@ -61,7 +44,7 @@ def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
         columns = {name: table[:, i] for i, name in enumerate(COLUMNS)}
         base: dict[str, Any] = {"layer": layer, "seed": seed}
         channels = accumulator.calibration[layer].sink_channels
-        rows.append(Measurement("sink_tokens", **_fields(mean_interval(columns["sink_tokens"])), **base, n=len(table)))
+        rows.append(Measurement("sink_tokens", **mean_interval(columns["sink_tokens"]).fields, **base, n=len(table)))
         rows.append(
             Measurement("sink_channels", channels, **base, n=accumulator.width, unit="channels", note="by calibration")
         )
@@ -78,7 +61,7 @@ def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterabl
     def row(metric: str, variant: str, found: Estimate, column: np.ndarray, said: str = "") -> Measurement:
         n = int((~np.isnan(column)).sum())
         text = "; ".join(filter(None, [found.note, said]))
-        return Measurement(metric, found.value, low=found.low, high=found.high, n=n, variant=variant, note=text, **base)
+        return Measurement(metric, **found.fields, n=n, variant=variant, note=text, **base)
 
     for name, column in values.items():
         metric, _, variant = name.partition("/")
@@ -107,11 +90,11 @@ def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list
         found["without sinks"] = (bare.n, spectrum(bare))
     else:
         found["without sinks"] = found["all"]
-    how = "all tokens" if accumulator.sums is not None else "seeded sample of tokens"
+    how = "all tokens" if accumulator.exact else "seeded sample of tokens"
     return [
         Measurement(
             metric,
-            **_fields(estimate),
+            **estimate.fields,
             layer=layer,
             n=n,
             unit="tokens",
@@ -184,7 +167,3 @@ def missing_structure(
     if 255 in mask_values and not set(mask_values) - {0, 255}:
         why = "all non-zero pixels of the masks are 255, which means ignore; give objects other values, such as 1"
     return [Measurement("gap", None, variant="raw", seed=seed, note=why)]
-
-
-def _fields(estimate: Estimate) -> dict:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}

@@ -1,0 +1,60 @@
+"""Which groups of numbers a diagnosis takes, and all their rows from what the forward pass left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from keepsight.diagnosis.accumulate import Accumulator
+from keepsight.diagnosis.fidelity import Fidelity
+from keepsight.diagnosis.progress import tracked
+from keepsight.diagnosis.similarity import Similarity
+from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
+from keepsight.results import Measurement
+
+METRICS = ("probes", "structure", "spectrum", "fidelity")
+DEFAULT_METRICS = METRICS
+
+
+def wanted_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
+    """The groups asked for, in their order.
+
+    Raises:
+        ValueError: a group that does not exist.
+    """
+    given = [metrics] if isinstance(metrics, str) else list(metrics)
+    if unknown := [name for name in given if name not in METRICS]:
+        raise ValueError(f"metrics holds {unknown[0]!r}; allowed: {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in given)
+
+
+def all_rows(
+    accumulator: Accumulator,
+    wanted: Collection[str],
+    labels: Mapping[str, Sequence[str | None]],
+    done: Sequence[int],
+    middle: int,
+    *,
+    seed: int,
+    has_masks: bool,
+    mask_values: Collection[int] = (),
+    unlabelled: str = "",
+    progress: bool = False,
+) -> list[Measurement]:
+    """Every row of the groups in `wanted`; the other arguments are as in `target_rows` and `missing_structure`."""
+    rows: list[Measurement] = []
+    if "probes" in wanted:
+        rows += target_rows(accumulator, labels, done, middle, seed=seed, progress=progress, unlabelled=unlabelled)
+    rows += image_rows(accumulator, seed=seed)
+    if "structure" in wanted:
+        rows += missing_structure(accumulator, has_masks, mask_values, seed=seed)
+    positions = range(len(accumulator.layers))
+    if "spectrum" in wanted:
+        for position in tracked(positions, "spectrum", progress):
+            rows += spectrum_rows(accumulator, position, seed=seed)
+    if "fidelity" in wanted:
+        fidelity = Fidelity(accumulator, seed)
+        similarity = Similarity(accumulator, seed)
+        rows += fidelity.general_rows()
+        for position in tracked(positions, "fidelity", progress):
+            rows += fidelity.rows(position) + similarity.rows(position)
+    return rows
