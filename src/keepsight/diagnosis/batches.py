@@ -69,6 +69,10 @@ class Loader:
         order = np.random.default_rng([self.seed, 4]).permutation(len(self.pictures))
         self._group = torch.from_numpy(order % GROUPS)
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
     def batches(self, indices: Sequence[int], masks: bool) -> Iterator[Decoded]:
         """The pictures with these indices; broken ones are left out when `skip_broken`.
 

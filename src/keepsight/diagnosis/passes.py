@@ -99,14 +99,19 @@ def _reason(error: ValueError) -> str:
 
 def forward(vlm: Vlm, decoded: Decoded, layers: Sequence[int], sink: Any) -> dict[str, Any]:
     """A forward without LM head and cache that hands each layer's visual tokens to `sink`; returns its inputs."""
-    device, dtype = _device(vlm), next(vlm.core.parameters()).dtype
-    inputs = {
-        name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
-        for name, value in decoded.inputs.items()
-    }
+    inputs = on_device(vlm, decoded)
     with capture(vlm, layers, sink=sink):
         vlm.forward_core(**inputs)
     return inputs
+
+
+def on_device(vlm: Vlm, decoded: Decoded) -> dict[str, Any]:
+    """The model's inputs where it is, in its dtype."""
+    device, dtype = _device(vlm), next(vlm.core.parameters()).dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+        for name, value in decoded.inputs.items()
+    }
 
 
 def _device(vlm: Vlm) -> torch.device:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from keepsight.diagnosis.accumulate import Accumulator
+from keepsight.diagnosis.batches import Loader
 from keepsight.diagnosis.fidelity import Fidelity
+from keepsight.diagnosis.lens import Lens, NoLensError, Readout, readout
+from keepsight.diagnosis.passes import on_device
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.similarity import Similarity
 from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
 from keepsight.results import Measurement
+from keepsight.vlm import Vlm
 
-METRICS = ("probes", "structure", "spectrum", "fidelity")
+METRICS = ("probes", "structure", "spectrum", "fidelity", "lens")
 DEFAULT_METRICS = METRICS
 
 
@@ -28,6 +33,8 @@ def wanted_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def all_rows(
+    vlm: Vlm,
+    loader: Loader,
     accumulator: Accumulator,
     wanted: Collection[str],
     labels: Mapping[str, Sequence[str | None]],
@@ -36,7 +43,6 @@ def all_rows(
     *,
     seed: int,
     has_masks: bool,
-    mask_values: Collection[int] = (),
     unlabelled: str = "",
     progress: bool = False,
 ) -> list[Measurement]:
@@ -46,7 +52,7 @@ def all_rows(
         rows += target_rows(accumulator, labels, done, middle, seed=seed, progress=progress, unlabelled=unlabelled)
     rows += image_rows(accumulator, seed=seed)
     if "structure" in wanted:
-        rows += missing_structure(accumulator, has_masks, mask_values, seed=seed)
+        rows += missing_structure(accumulator, has_masks, loader.mask_values, seed=seed)
     positions = range(len(accumulator.layers))
     if "spectrum" in wanted:
         for position in tracked(positions, "spectrum", progress):
@@ -57,4 +63,18 @@ def all_rows(
         rows += fidelity.general_rows()
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
+    if "lens" in wanted:
+        lens = Lens(accumulator, _readout(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed)
+        for position in tracked(positions, "lens", progress):
+            rows += lens.rows(position)
     return rows
+
+
+def _readout(vlm: Vlm, loader: Loader) -> Readout | str:
+    """The lens, or the reason why there is none; one picture is looked at."""
+    one = replace(loader, batch_size=1)
+    decoded = next(one.batches(range(len(one.pictures)), masks=False))
+    try:
+        return readout(vlm, on_device(vlm, decoded))
+    except NoLensError as error:
+        return str(error)

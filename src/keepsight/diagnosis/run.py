@@ -62,8 +62,8 @@ def diagnose(
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             sixteen pictures unless given, but 8 to 32.
-        metrics: which groups of numbers: "probes", "structure", "spectrum", "fidelity". Norms, sinks and homogeneity
-            are always there.
+        metrics: which groups of numbers: "probes", "structure", "spectrum", "fidelity", "lens". Norms, sinks and
+            homogeneity are always there.
         targets: label set → "asked" or "never asked", for the report.
         pre_layer: the layer PRe was trained at, for the report.
         label_run: what the report calls this run.
@@ -105,6 +105,8 @@ def diagnose(
             progress=progress,
         )
         rows = all_rows(
+            vlm,
+            loader,
             accumulator,
             wanted,
             pictures.labels,
@@ -112,7 +114,6 @@ def diagnose(
             vlm.resolve_layer("middle"),
             seed=seed,
             has_masks=has_masks,
-            mask_values=loader.mask_values,
             unlabelled=pictures.unlabelled,
             progress=progress,
         )

@@ -64,6 +64,12 @@ METRICS = {
     "neighbour_agreement": Metric(
         "Shared neighbours", "Share of an image's nearest images that are also nearest for the encoder", percent=True
     ),
+    "silencing": Metric(
+        "Silencing",
+        "Visual tokens whose top word is among the layer's few most frequent, on other images",
+        percent=True,
+    ),
+    "lens_entropy": Metric("Lens entropy", "Entropy of the words that a visual token would say, 1 for evenly spread"),
     "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
     "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
     "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
@@ -108,6 +114,14 @@ SECTIONS = (
         ("participation_ratio", "entropy_rank", "feature_correlation", "token_homogeneity"),
         ("components_90", "components_95", "components_99"),
         "Components for 90, 95 and 99 % of the variance",
+    ),
+    Section(
+        "lens",
+        "What the tokens would say",
+        "Lens",
+        "Each layer read as if it were the last. When most visual tokens say one of the same few words, whatever the "
+        "picture, they no longer say what they show.",
+        ("silencing", "lens_entropy"),
     ),
     Section(
         "sinks",
