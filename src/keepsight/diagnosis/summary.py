@@ -14,27 +14,25 @@ from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.spectrum import spectrum
 from keepsight.results import Measurement, PerImageBuilder
-from keepsight.results.intervals import Estimate, mean_interval
+from keepsight.results.intervals import Estimate, mean_interval, ratio_shares
 
 NEAR_ZERO = 0.05  # a coupling below this makes the contrast ratio meaningless
 
 
 def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> tuple[Estimate, np.ndarray]:
-    """Ratio of the data-set means with a linearised 95 % interval, and what each image adds to it (its linearisation).
+    """Ratio of the data-set means with a linearised 95 % interval, and what each image adds to it.
 
     None where the coupling is near zero; images then add NaN.
     """
     nothing = np.full(len(cohesion), np.nan)
-    cohesion = np.where(np.isnan(coupling), np.nan, cohesion).astype(np.float64)
-    coupling = np.where(np.isnan(cohesion), np.nan, coupling).astype(np.float64)
-    if np.isnan(coupling).all():
+    both = ~np.isnan(cohesion) & ~np.isnan(coupling)
+    if not both.any():
         return Estimate(None, note="no image has a value"), nothing
-    below = float(np.nanmean(coupling))
+    below = float(coupling[both].mean(dtype=np.float64))
     if below < NEAR_ZERO:
         why = f"coupling {below:.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
         return Estimate(None, note=why), nothing
-    ratio = np.nanmean(cohesion) / below
-    each = ratio + (cohesion - ratio * coupling) / below
+    each = ratio_shares(cohesion, coupling)
     return mean_interval(each), each
 
 
@@ -51,7 +49,7 @@ def image_rows(accumulator: Accumulator, per_image: PerImageBuilder, *, seed: in
         base: dict[str, Any] = {"layer": layer, "seed": seed}
         channels = accumulator.calibration[layer].sink_channels
         sinks = columns["sink_tokens"]
-        rows.append(Measurement("sink_tokens", **_fields(mean_interval(sinks)), **base, n=len(table)))
+        rows.append(Measurement("sink_tokens", **mean_interval(sinks).fields, **base, n=len(table)))
         per_image.add(rows[-1].key, sinks)
         rows.append(
             Measurement("sink_channels", channels, **base, n=accumulator.width, unit="channels", note="by calibration")
@@ -73,7 +71,7 @@ def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterabl
     def row(metric: str, variant: str, found: Estimate, column: np.ndarray, said: str = "") -> Measurement:
         n = int((~np.isnan(column)).sum())
         text = "; ".join(filter(None, [found.note, said]))
-        return Measurement(metric, found.value, low=found.low, high=found.high, n=n, variant=variant, note=text, **base)
+        return Measurement(metric, **found.fields, n=n, variant=variant, note=text, **base)
 
     for name, column in values.items():
         metric, _, variant = name.partition("/")
@@ -103,11 +101,11 @@ def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list
         found["without sinks"] = (bare.n, spectrum(bare))
     else:
         found["without sinks"] = found["all"]
-    how = "all tokens" if accumulator.sums is not None else "seeded sample of tokens"
+    how = "all tokens" if accumulator.exact else "seeded sample of tokens"
     return [
         Measurement(
             metric,
-            **_fields(estimate),
+            **estimate.fields,
             layer=layer,
             n=n,
             unit="tokens",
@@ -184,7 +182,3 @@ def missing_structure(
     if 255 in mask_values and not set(mask_values) - {0, 255}:
         why = "all non-zero pixels of the masks are 255, which means ignore; give objects other values, such as 1"
     return [Measurement("gap", None, variant="raw", seed=seed, note=why)]
-
-
-def _fields(estimate: Estimate) -> dict:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}

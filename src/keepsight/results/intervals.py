@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -23,6 +24,11 @@ class Estimate:
     note: str = ""
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """What a `Measurement` takes."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    @property
     def told(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
@@ -38,6 +44,26 @@ def mean_interval(values: np.ndarray) -> Estimate:
         return Estimate(mean, note="no interval: one value")
     half = float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
     return Estimate(mean, mean - half, mean + half)
+
+
+def ratio_shares(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """[n], what each image adds to Σ above / Σ below (its linearisation); images with a NaN in one have one here."""
+    defined = ~np.isnan(above) & ~np.isnan(below)
+    above, below = (np.where(defined, part, np.nan).astype(np.float64) for part in (above, below))
+    if not np.nansum(below) > 0:
+        return np.full(len(above), np.nan)
+    ratio = np.nansum(above) / np.nansum(below)
+    return ratio + (above - ratio * below) / np.nanmean(below)
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> Estimate:
+    """Σ above / Σ below over images, with a linearised 95 % t-interval."""
+    shares = ratio_shares(above, below)
+    if np.isnan(shares).all():
+        return Estimate(None, note="the ratio's denominator is zero")
+    defined = ~np.isnan(shares)
+    ratio = float(above[defined].sum(dtype=np.float64) / below[defined].sum(dtype=np.float64))
+    return replace(mean_interval(shares), value=ratio)
 
 
 def difference(before: Measurement, after: Measurement, correlation: float = 0.0) -> Estimate:
