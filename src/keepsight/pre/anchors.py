@@ -32,16 +32,14 @@ class AnchorSource:
         self.external: ExternalEncoder | None = None
         self.hooks: list[Any] = []
         self._projector_input: Tensor | None = None
+        self._decay: float | None = None
         if not config.active:
             return
         if self.kind in ("pre_projector", "encoder"):
             self.width = _encoder_width(vlm)
             self.hooks.append(projector_of(vlm).register_forward_pre_hook(self._take_projector_input, with_kwargs=True))
-        if self.kind == "moving_average":
-            self.teacher = Teacher(vlm, config.anchor_decay)
-        if self.kind == "encoder":
-            teacher = Teacher(vlm, decay=1.0)
-            self.teacher = teacher if teacher.names else None
+        self._decay = {"moving_average": config.anchor_decay, "encoder": 1.0}.get(self.kind)
+        self.follow()
         if self.kind == "external":
             assert config.anchor_model is not None
             self.external = ExternalEncoder(config.anchor_model, config.anchor_layer)
@@ -50,6 +48,14 @@ class AnchorSource:
     def _take_projector_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
         self._projector_input = given.detach()
+
+    def follow(self) -> Teacher | None:
+        """Hold what learns now and is not held yet; returns `teacher`, None where the anchor needs none."""
+        if self._decay is not None:
+            teacher = self.teacher or Teacher(self._decay)
+            teacher.hold(self.vlm)
+            self.teacher = teacher if teacher.names or self.kind == "moving_average" else None
+        return self.teacher
 
     def empty(self, device: torch.device) -> Tensor:
         """The anchor of no tokens."""
