@@ -38,6 +38,7 @@ def overhead(shape: str, pairs: int) -> bool:
     from keepsight.diagnosis.data import find_pictures
     from keepsight.diagnosis.passes import SAMPLE, accumulate, forward, measure
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
+    from keepsight.results import PerImageBuilder
     from keepsight.vlm import Vlm
     from keepsight.vlm.chat import render_prompt
 
@@ -66,7 +67,8 @@ def overhead(shape: str, pairs: int) -> bool:
         calibration = seconds(lambda: forward(vlm, batches[0], layers, lambda layer, tokens: tokens.double().sum()))
         calibrating = calibration * 32 / BATCH / whole
         position = vlm.depth // 2
-        rows = seconds(lambda: image_rows(accumulator, seed=0))
+        names = [str(number) for number in range(accumulator.values.rows)]
+        rows = seconds(lambda: image_rows(accumulator, PerImageBuilder(names), seed=0))
         end = seconds(lambda: spectrum_rows(accumulator, position, seed=0)) * (vlm.depth + 1) + rows
     print(f"{shape}: plain forward {1e3 * np.mean(fast):.0f} ms a batch of {BATCH}; the pass alone {ratio}")
     print(

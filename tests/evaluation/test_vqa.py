@@ -94,6 +94,7 @@ def test_batched_answers_equal_single_ones(vlm):
     assert batched.rows == single.rows
 
 
+@pytest.mark.slow
 def test_right_padding_would_have_been_noticed(vlm, monkeypatch):
     model, processor = vlm
     items = vqa_items(draw_scenes(5, 3), turns=5)

@@ -69,6 +69,7 @@ def test_each_stage_trains_its_parts_only(setting) -> None:
     assert changed(setting, third) == {"vision_tower"}
 
 
+@pytest.mark.slow
 def test_weight_zero_is_one_field_and_the_stage_switch_the_same(setting) -> None:
     """λ = 0, and PRe switched off in both stages, give the same weights bit for bit; λ = 0.5 gives others."""
     zero = train(TrainConfig(**setting, pre=PReConfig(weight=0.0)))
@@ -85,6 +86,7 @@ def test_weight_zero_is_one_field_and_the_stage_switch_the_same(setting) -> None
     assert with_pre.info["pre_layer"] == 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(setting) -> None:
     first = train(TrainConfig(**setting))
     second = train(TrainConfig(**{**setting, "out": setting["out"] + "2"}))
@@ -136,6 +138,7 @@ class Steps(TrainerCallback):
         self.seen.append(state.global_step)
 
 
+@pytest.mark.slow
 def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     config = TrainConfig(**{**setting, "projector": StageConfig(enabled=False)})
     processor = make_llava()
@@ -152,6 +155,7 @@ def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_broken_pictures_are_counted_in_the_run(setting, pictures: Path) -> None:
     whole = (pictures / "wide.png").read_bytes()
     (pictures / "blue.png").write_bytes(whole[: len(whole) // 2])
@@ -208,6 +212,7 @@ def test_an_unknown_part() -> None:
         train_only(llava(patch=8), ["head"])
 
 
+@pytest.mark.slow
 def test_a_truncated_picture_costs_nothing_that_was_trained(setting, pictures) -> None:
     """Found before a step it leaves no folder behind; found later, the run goes on with --skip-broken."""
     whole = (pictures / "red.png").read_bytes()

@@ -115,6 +115,8 @@ def main(arguments: Sequence[str]) -> None:
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )
+    if trained.get("training_seed") is not None:
+        result.info["training_seed"] = trained["training_seed"]
     run = result.save(config.out, overwrite=config.overwrite, config=config, report=True)
     console.print(table([run]))
     for reason in run.info.get("skipped", []):
@@ -192,7 +194,7 @@ def _images(path: str) -> Any:
 
 
 def _training_run(model: Path) -> dict[str, Any]:
-    """Label and PRe layer of the training run whose `model` this is; empty if it is no run's."""
+    """Label, PRe layer and seed of the training run whose `model` this is; empty if it is no run's."""
     from keepsight.results import RunDirectory
 
     try:
@@ -202,4 +204,4 @@ def _training_run(model: Path) -> dict[str, Any]:
     layer = run.info.get("pre_layer")
     if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
         return {}
-    return {"label": run.label, "pre_layer": layer}
+    return {"label": run.label, "pre_layer": layer, "training_seed": run.info.get("seed")}

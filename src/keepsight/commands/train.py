@@ -3,6 +3,8 @@
 import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -20,16 +22,26 @@ def read(arguments: Sequence[str]) -> Namespace:
     """The values of all flags."""
     parser = ArgumentParser(
         prog="keepsight train",
-        usage="keepsight train RECIPE.yaml [--pre.layer 16] [--FIELD VALUE …] [--resume] [--print-config]",
+        usage="keepsight train RECIPE.yaml [OVERRIDE.yaml …] [--pre.layer 16] [--FIELD VALUE …] [--resume] "
+        "[--print-config]",
         description="Train in two stages, LLaVA's: the projector, then the projector with the language model. "
         "Any field of the recipe is a flag. --pre.weight 0 trains without PRe.",
     )
-    parser.add_argument("--config", action="config", help="The recipe, also as the first argument.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="The recipe, also as the first argument. A later file overrides an earlier one.",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="Go on where the run in --out stopped; start it where there is none."
     )
     add_fields(parser, TrainConfig)
-    return parser.parse_args(normalise(arguments or ["--help"], TrainConfig))
+    given = normalise(arguments or ["--help"], TrainConfig)
+    recipes = [file for flag, file in pairwise(given) if flag == "--config"]
+    recipes += [argument.removeprefix("--config=") for argument in given if argument.startswith("--config=")]
+    if recipes:  # every recipe, and every recipe with its overrides, has a folder of its own
+        parser.set_defaults(out=str(Path("runs", "+".join(Path(file).stem for file in recipes))))
+    return parser.parse_args(given)
 
 
 def main(arguments: Sequence[str]) -> None:

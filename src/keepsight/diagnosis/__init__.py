@@ -1,4 +1,4 @@
-"""What the visual tokens of every layer still hold: probes, patch structure, spectrum, in one forward pass."""
+"""What the visual tokens of every layer still hold: probes, structure, spectrum, fidelity, in one forward pass."""
 
 from keepsight.diagnosis.batches import DEFAULT_PROMPT
 from keepsight.diagnosis.result import Diagnosis

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from keepsight.images import open_image
-from keepsight.results import Measurement
+from keepsight.results import Measurement, PerImage, PerImageBuilder
 from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.inference import inference
 
@@ -50,10 +50,14 @@ class VqaRecord:
 
 @dataclass(frozen=True)
 class VqaResult:
-    """Records in the order of the items, and rows: all questions first, then each type in alphabetical order."""
+    """Records in the order of the items, and rows: all questions first, then each type in alphabetical order.
+
+    per_image: what each picture (a question without one: its number) adds to each row.
+    """
 
     records: list[VqaRecord]
     rows: list[Measurement]
+    per_image: PerImage
 
 
 def normalise(answer: str) -> str:
@@ -157,7 +161,9 @@ def _score(metric: str, items: Sequence[VqaItem], predictions: Sequence[str]) ->
     ]
     clusters = [("alone", i) if r.item.picture is None else ("picture", r.item.picture) for i, r in enumerate(records)]
     kinds = sorted({r.item.kind for r in records if r.item.kind})
-    rows = []
+    names = {cluster: str(cluster[1]) if cluster[0] == "picture" else f"question {cluster[1]}" for cluster in clusters}
+    place = {cluster: column for column, cluster in enumerate(names)}
+    rows, per_image = [], PerImageBuilder(list(names.values()))
     for kind in ["", *kinds]:
         chosen = [i for i, r in enumerate(records) if kind in ("", r.item.kind)]
         correct = [records[i].correct for i in chosen]
@@ -167,7 +173,17 @@ def _score(metric: str, items: Sequence[VqaItem], predictions: Sequence[str]) ->
                 metric, float(np.mean(correct)), low=low, high=high, n=len(chosen), unit="questions", target=kind
             )
         )
-    return VqaResult(records, rows)
+        where, share = _contributions(correct, [place[clusters[i]] for i in chosen])
+        per_image.add(rows[-1].key, share, where)
+    return VqaResult(records, rows, per_image.finish())
+
+
+def _contributions(correct: Sequence[bool], pictures: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures asked about, and what each adds to the accuracy over all questions (a ratio of two sums)."""
+    where, position = np.unique(np.asarray(pictures), return_inverse=True)
+    accuracy = np.mean(correct)
+    excess = np.bincount(position, weights=np.asarray(correct, dtype=np.float64) - accuracy)
+    return where, accuracy + excess * len(where) / len(correct)
 
 
 def _generate(model: Any, processor: Any, items: Sequence[VqaItem], max_new_tokens: int) -> list[str]:

@@ -51,6 +51,25 @@ METRICS = {
     "token_norm": Metric("Token norm", "Norm of a visual token", digits=2),
     "sink_tokens": Metric("Sink tokens", "Tokens with a norm above 10 × the layer's median", digits=2),
     "sink_channels": Metric("Sink channels", "Channels that dominate the norm", digits=2),
+    "fidelity": Metric(
+        "Fidelity", "R² of the vision encoder's output, predicted linearly from this layer, on other images"
+    ),
+    "fidelity_cosine": Metric("Fidelity, cosine", "Mean cosine of that prediction with the truth, both centred"),
+    "fidelity_input": Metric(
+        "Fidelity to layer 0", "R² of h[0], predicted linearly from this layer; a poorer h[0] is easier to predict"
+    ),
+    "fidelity_input_cosine": Metric("Fidelity to layer 0, cosine", "Mean cosine of that prediction with the truth"),
+    "fidelity_target_rank": Metric("Effective rank of what fidelity predicts", digits=1),
+    "cka": Metric("CKA with the encoder", "Debiased linear CKA of the images' mean tokens with the encoder's"),
+    "neighbour_agreement": Metric(
+        "Shared neighbours", "Share of an image's nearest images that are also nearest for the encoder", percent=True
+    ),
+    "silencing": Metric(
+        "Silencing",
+        "Visual tokens whose top word is among the layer's few most frequent, on other images",
+        percent=True,
+    ),
+    "lens_entropy": Metric("Lens entropy", "Entropy of the words that a visual token would say, 1 for evenly spread"),
     "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
     "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
     "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
@@ -66,6 +85,17 @@ SECTIONS = (
         "questions never ask about has no reason to stay; what they ask about often gets easier to read on the "
         "way up.",
         ("probe_accuracy",),
+    ),
+    Section(
+        "fidelity",
+        "How much of the encoder's output is left",
+        "Fidelity",
+        "A linear map, trained on other images, predicts from a layer what the vision encoder had put out. The thin "
+        "lines are its controls: the target of another image at the same place, and the place alone. What lies above "
+        "them is left of this very picture.",
+        ("fidelity", "fidelity_input", "cka", "neighbour_agreement"),
+        ("fidelity_cosine", "fidelity_input_cosine"),
+        "Cosines of the predictions",
     ),
     Section(
         "structure",
@@ -86,6 +116,14 @@ SECTIONS = (
         "Components for 90, 95 and 99 % of the variance",
     ),
     Section(
+        "lens",
+        "What the tokens would say",
+        "Lens",
+        "Each layer read as if it were the last. When most visual tokens say one of the same few words, whatever the "
+        "picture, they no longer say what they show.",
+        ("silencing", "lens_entropy"),
+    ),
+    Section(
         "sinks",
         "Norms and sinks",
         "Sinks",
@@ -97,7 +135,8 @@ SECTIONS = (
 
 # The variant that a figure opens with and that the table and the verdict use, best first.
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
-CONTROL_VARIANTS = ("shuffled labels",)  # drawn as a thin line under the probe's own
+# Drawn as thin lines under the metric's own.
+CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
 
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}

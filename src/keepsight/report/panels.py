@@ -108,7 +108,7 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
     for series in main:
         lines = [_line(number, run, series, "run") for number, run in enumerate(runs) if series in run.curves]
         lines += [
-            _line(number, run, control, "control")
+            {**_line(number, run, control, "control"), "name": control.variant}
             for control in controls
             if control.tokens == series.tokens and control != series
             for number, run in enumerate(runs)

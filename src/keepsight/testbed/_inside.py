@@ -10,7 +10,7 @@ from rich.console import Console
 
 from keepsight.diagnosis import diagnose
 from keepsight.evaluation.vqa import VqaItem, answer_accuracy
-from keepsight.results import Measurement, RunDirectory
+from keepsight.results import Measurement, RunDirectory, merged
 from keepsight.testbed.drawing import render
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.language import questions
@@ -46,8 +46,9 @@ def look_inside(
         label_run=arm.label,
         progress=False,
     )
-    answers = answer_accuracy(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4).rows
-    arm.write_rows([*result.rows, *answers, *prior])
+    answers = answer_accuracy(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4)
+    arm.write_rows([*result.rows, *answers.rows, *prior])
+    arm.write_per_image(merged([part for part in (result.per_image, answers.per_image) if part is not None]))
     arm.write_examples(result.examples)
     kept = ("depth", "width", "prompt", "counts", "targets")
     arm.update(**{key: result.info[key] for key in kept}, seeds=[seed])

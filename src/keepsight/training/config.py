@@ -200,7 +200,8 @@ class TrainConfig:
     working directory.
 
     Attributes:
-        out: the run's folder; it must not hold a run yet.
+        out: the run's folder; it must not hold a run yet. From the command line, runs/<names of the recipes> unless
+            it is set.
         label: the run's name in reports; null = the folder's name.
         seed: of data order, initialisation and dropout.
         max_length: longest sequence, picture tokens included; null = no limit. Pictures are never cut.
