@@ -17,7 +17,7 @@ import pytest
 
 from keepsight.evaluation import Evaluation, Question, evaluate, text_only_prior
 from keepsight.results import Measurement, RunDirectory
-from keepsight.training.recipe import read_curves
+from keepsight.training.record import read_curves
 from keepsight.vlm.load import load_model
 from tests.real import fetch, pictures
 

@@ -15,31 +15,14 @@ from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
 from keepsight.training import recipe
 from keepsight.training.checkpoints import latest
-from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
+from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
 from keepsight.training.freeze import parts, train_only
-from keepsight.training.recipe import read_curves, train
+from keepsight.training.recipe import train
+from keepsight.training.record import read_curves
 from tests.tiny import FAMILIES, llava
-from tests.tiny_processors import make_llava, save_llava
+from tests.tiny_processors import make_llava
+from tests.training.conftest import FULL, STEPS
 from tests.training.test_conversations import entry
-
-STEPS = StageConfig(batch_size=4, micro_batch_size=2, max_steps=3, lr=1e-2)
-FULL = StageConfig(train=("projector", "language_model"), batch_size=4, max_steps=3, lr=3e-3)
-QUIET = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-
-
-@pytest.fixture
-def setting(tmp_path: Path, pictures: Path) -> dict[str, Any]:
-    entries = [entry("<image>\nwhat color ?", color, image=f"{color}.png") for color in ("red", "blue")] * 4
-    entries += [entry("hello", "world"), entry("<image> <image>", "circle", image=["red.png", "blue.png"])]
-    (tmp_path / "data.json").write_text(json.dumps(entries), encoding="utf-8")
-    return {
-        "model": ModelConfig(path=str(save_llava(tmp_path / "start"))),
-        "data": DataConfig(conversations=str(tmp_path / "data.json"), image_folder=str(pictures), cache_megabytes=10),
-        "out": str(tmp_path / "run"),
-        "projector": STEPS,
-        "full": FULL,
-        "trainer": QUIET,
-    }
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from keepsight.training.checkpoints import WEIGHTS, latest
-from keepsight.training.recipe import read_curves
+from keepsight.training.record import read_curves
 from tests.tiny_processors import save_llava
 from tests.training.test_conversations import entry
 

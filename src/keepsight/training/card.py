@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from keepsight.results import RunDirectory
 from keepsight.results.provenance import versions
 from keepsight.training.config import DataConfig, TrainConfig
+from keepsight.training.record import PROGRESS
 
 # What is shown of the last logged step of a stage.
 LOGGED = {
@@ -130,13 +131,10 @@ def _stages(run: RunDirectory, config: TrainConfig, steps: Mapping[str, int] | N
             f"{', '.join(config.lora.target_modules or ('all linear layers of the language model',))}"
             f"{', over weights in 4 bits' if config.lora.load_in_4bit else ''}."
         )
-    left = {key: n for key, n in run.info["counts"].items() if key.split(": ")[1] not in _NOT_LEFT_OUT}
+    left = {key: n for key, n in run.info["counts"].items() if key.split(": ")[1] not in PROGRESS}
     if left:
         text += "\n\nLeft out or shortened: " + ", ".join(f"{key} {number}" for key, number in left.items()) + "."
     return text
-
-
-_NOT_LEFT_OUT = ("entries", "steps", "parameters trained")
 
 
 def _data(data: DataConfig) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,19 @@ def load_weights(model: torch.nn.Module, folder: Path, *, heads: bool = True) ->
 class Checkpoints(TrainerCallback):
     """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, also: Callable[[], dict[str, Any]] = dict) -> None:
+        """`also` gives what else to remember, tensors and plain values; it is called in every process."""
         self.handle = handle
+        self.also = also
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        also = self.also()
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # every process has written its random state
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.handle.memory(), folder / MEMORY)
+        torch.save({**self.handle.memory(), **also}, folder / MEMORY)
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         write_file(folder / MARK, json.dumps({"step": state.global_step, "files": sizes}, indent=1))
         for other in folder.parent.glob("checkpoint-*"):
@@ -119,5 +122,5 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """What `Handle.memory` gave."""
+    """What `Handle.memory` gave, and what else was to be remembered."""
     return torch.load(folder / MEMORY, weights_only=True, map_location="cpu")

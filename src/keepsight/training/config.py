@@ -1,7 +1,7 @@
 """What a training run is: the model, the data, two stages, PRe. One YAML recipe; any field is a flag."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from keepsight.pre.config import PReConfig
@@ -143,6 +143,7 @@ class StageConfig:
         lr_scheduler: "cosine", "linear", "constant" or "constant_with_warmup".
         weight_decay: of AdamW.
         pre: whether PRe acts in this stage.
+        pre_weight: λ in this stage, where it is another than `pre.weight`; the head goes on from stage to stage.
         data: the stage's own data; left empty, that of the run.
     """
 
@@ -158,6 +159,7 @@ class StageConfig:
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     weight_decay: float = 0.0
     pre: bool = True
+    pre_weight: float | None = None
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -174,6 +176,10 @@ class StageConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 1 or more.")
+        if self.pre_weight is not None and not (math.isfinite(self.pre_weight) and self.pre_weight >= 0):
+            raise ValueError(f"pre_weight is {self.pre_weight}; allowed: 0 or more, or null for pre.weight.")
+        if self.pre_weight is not None and not self.pre:
+            raise ValueError(f"pre_weight is {self.pre_weight} and pre is false; set one of them: false is λ = 0.")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ValueError(f"epochs is {self.epochs}; allowed: a finite number above 0.")
         if not 0 <= self.warmup_ratio < 1:
@@ -253,7 +259,15 @@ class TrainConfig:
 
     def weight_in(self, stage: StageConfig) -> float:
         """λ in the stage."""
-        return self.pre.weight if stage.pre else 0.0
+        return self.pre_in(stage).weight
+
+    def pre_in(self, stage: StageConfig) -> PReConfig:
+        """PRe as the stage wants it; `observe` is for stages with λ = 0."""
+        if not stage.pre:
+            return replace(self.pre, weight=0.0, observe=False)
+        if stage.pre_weight is None:
+            return self.pre
+        return replace(self.pre, weight=stage.pre_weight, observe=self.pre.observe and stage.pre_weight == 0)
 
     @property
     def uses_pre(self) -> bool:

@@ -16,7 +16,8 @@ from keepsight.training.card import model_card
 from keepsight.training.checkpoints import latest, load_weights, read_state
 from keepsight.training.config import TrainConfig
 from keepsight.training.lora import adapt, is_adapter, save_adapter
-from keepsight.training.recipe import ADAPTER, MODEL, build_model, read_curves
+from keepsight.training.recipe import build_model
+from keepsight.training.record import ADAPTER, MODEL, read_curves
 
 Form = Literal["merged", "adapter"]
 

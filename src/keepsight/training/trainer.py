@@ -56,6 +56,7 @@ class PReTrainerMixin(_Trainer):
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart
         self._pre_log = _Running()
+        self.pre_totals = dict.fromkeys(("images", "tokens", "skipped"), 0)  # of all steps that were logged
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
@@ -138,11 +139,20 @@ class PReTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with what the predictive loss saw since the last one."""
         if "loss" in logs and self._pre_log.steps:
-            logs.update(self._pre_log.read(self.accelerator))
+            logs.update(self.read_log())
             if self.pre.config.warmup_steps or self.pre.config.decay_steps:
                 logs["pre_weight"] = self.pre.weight
-            self._pre_log = _Running()
         super().log(logs, *args, **kwargs)
+
+    def read_log(self) -> dict[str, float]:
+        """What the predictive loss saw since the last log, added to `pre_totals`; every process must call it."""
+        if not self._pre_log.steps:
+            return {}
+        logs = self._pre_log.read(self.accelerator)
+        for name in self.pre_totals:
+            self.pre_totals[name] += round(logs[f"pre_{name}"] * self._pre_log.steps)
+        self._pre_log = _Running()
+        return logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; counts optimizer steps for the log."""
