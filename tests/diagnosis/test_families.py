@@ -24,6 +24,7 @@ from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.features import ProjectorInput
 from tests import tiny, tiny_processors
+from tests.diagnosis.test_bleeding import naive as naive_bleeding
 from tests.diagnosis.world import states_alone
 from tests.families import idefics2, llava_next
 
@@ -293,6 +294,21 @@ def test_norms(case: Case) -> None:
 def test_structure_equals_the_pairwise_definition(case: Case) -> None:
     assert {r.value for r in case.result.rows if r.metric == "sink_tokens"} == {0.0}
     compare(case)
+
+
+def test_bleeding_equals_the_definition(case: Case) -> None:
+    rows = {(r.layer, r.tokens): r for r in case.result.rows if (r.metric, r.variant) == ("bleeding", "raw")}
+    for scope in SCOPES:
+        per_image = []
+        for (image, mask), states in zip(case.pictures, case.states, strict=True):
+            kept = scopes_of(case.family, image, states)[scope]
+            inside = members(case.family, image, mask, split=False)[:, kept]
+            found = np.array(naive_bleeding(states[2][kept], inside)) if kept.any() else np.array([])
+            per_image += [found[~np.isnan(found)].mean()] if (~np.isnan(found)).any() else []
+        assert ((2, scope) in rows) == bool(per_image)
+        if per_image:
+            assert rows[2, scope].value == pytest.approx(np.mean(per_image), abs=1e-5)
+            assert rows[2, scope].n == len(per_image)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

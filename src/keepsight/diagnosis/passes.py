@@ -29,13 +29,14 @@ def measure(
     exact: bool = False,
     calibration_images: int | None = None,
     encoder: bool = False,
+    bleeding: bool = False,
     progress: bool = False,
 ) -> tuple[Accumulator, list[int]]:
     """The calibration pass and the main pass: the filled accumulator and the indices of the pictures it holds.
 
     Args:
         exact: sample every token.
-        encoder: also keep the vision encoder's output at the sampled tokens.
+        encoder: also keep the vision encoder's output at the sampled tokens. bleeding: also count neighbours.
 
     Raises:
         ValueError: no picture could be read.
@@ -53,7 +54,7 @@ def measure(
     if not seen:
         raise ValueError(f"none of the {n} pictures can be read, such as '{loader.pictures[0].name}'; check the files")
     loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens / seen))
-    accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact)
+    accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact, bleeding)
     done: list[int] = []
     total = -(-n // loader.batch_size)
     with _projector_input(vlm, accumulator, encoder) as given:

@@ -62,8 +62,8 @@ def diagnose(
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             sixteen pictures unless given, but 8 to 32.
-        metrics: which groups of numbers: "probes", "structure", "spectrum", "fidelity", "lens". Norms, sinks and
-            homogeneity are always there.
+        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens". Norms,
+            sinks and homogeneity are always there.
         targets: label set → "asked" or "never asked", for the report.
         pre_layer: the layer PRe was trained at, for the report.
         label_run: what the report calls this run.
@@ -76,7 +76,7 @@ def diagnose(
     """
     vlm = Vlm(model)
     wanted = wanted_metrics(metrics)
-    pictures = find_pictures(images, labels, masks if "structure" in wanted else None)
+    pictures = find_pictures(images, labels, masks if {"structure", "bleeding"} & set(wanted) else None)
     chosen = _layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
         _check_labels(target, values)
@@ -102,6 +102,7 @@ def diagnose(
             exact=exact,
             calibration_images=calibration_images,
             encoder="fidelity" in wanted,
+            bleeding="bleeding" in wanted,
             progress=progress,
         )
         rows = all_rows(

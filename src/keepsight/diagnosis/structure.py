@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.bleeding import Neighbourhood
+
 CHUNK_BYTES = 3 << 18  # rows normalised and summed together: few enough to stay in a core's cache between the two
 TINY = torch.finfo(torch.float32).tiny  # what a zero token is divided by, to stay the zero vector
 
@@ -133,6 +135,11 @@ class Groups:
     def counts(self) -> Tensor:
         """[B, 1], the objects with pairs of each image."""
         return self.defined.sum(dim=1, keepdim=True)
+
+    @cached_property
+    def near(self) -> Neighbourhood:
+        """What each patch of each object is compared with."""
+        return Neighbourhood.build(self.weights[self.image_row] > 0, self.weights[self.object_row] > 0, self.owner)
 
     def chunks(self, rows: int) -> list[tuple[slice, Tensor]]:
         """For `rows` tokens at a time: the rows of `weights` that can be other than zero there, and that block."""

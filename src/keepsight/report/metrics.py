@@ -39,6 +39,9 @@ METRICS = {
     "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
     "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),
     "contrast": Metric("Contrast", "Cohesion ÷ coupling over the data set", digits=2),
+    "bleeding": Metric(
+        "Bleeding", "Share of a patch's nearest neighbours that lie outside its object, less chance (0 = as by chance)"
+    ),
     "participation_ratio": Metric(
         "Participation ratio", "(Σλ)² ÷ Σλ²: how many directions carry the variance", digits=2
     ),
@@ -103,7 +106,7 @@ SECTIONS = (
         "Structure",
         "Cosines between patches, split by the masks. When coupling rises faster than cohesion, patches bleed "
         "into one another and the gap closes.",
-        ("gap", "cohesion", "coupling", "contrast"),
+        ("gap", "bleeding", "cohesion", "coupling", "contrast"),
     ),
     Section(
         "spectrum",
