@@ -162,7 +162,9 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
             super().__init__(accumulator, seed)
 
     monkeypatch.setattr("keepsight.diagnosis.rows.Similarity", Spy)
-    hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(kwargs) if "input_ids" in kwargs else None, with_kwargs=True
+    )
     result = diagnose(
         model,
         processor,

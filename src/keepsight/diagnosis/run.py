@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader
 from keepsight.diagnosis.data import find_pictures
 from keepsight.diagnosis.examples import choose_examples
+from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, wanted_nulls
 from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, wanted_metrics
 from keepsight.diagnosis.summary import too_small
-from keepsight.results import fingerprint, prompt_hash, versions
+from keepsight.results import Measurement, fingerprint, prompt_hash, versions
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.inference import inference
@@ -39,6 +42,7 @@ def diagnose(
     exact: bool = False,
     calibration_images: int | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
+    nulls: Sequence[str] = (),
     targets: Mapping[str, str] | None = None,
     pre_layer: int | None = None,
     progress: bool = True,
@@ -64,6 +68,8 @@ def diagnose(
             sixteen pictures unless given, but 8 to 32.
         metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens". Norms,
             sinks and homogeneity are always there.
+        nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
+            random weights behind the same encoder and projector. Its rows have "random weights" in `variant`.
         targets: label set → "asked" or "never asked", for the report.
         pre_layer: the layer PRe was trained at, for the report.
         label_run: what the report calls this run.
@@ -75,7 +81,7 @@ def diagnose(
         ValueError: bad pictures, masks, labels or layers; the text says which and what to do.
     """
     vlm = Vlm(model)
-    wanted = wanted_metrics(metrics)
+    wanted, null_models = wanted_metrics(metrics), wanted_nulls(nulls)
     pictures = find_pictures(images, labels, masks if {"structure", "bleeding"} & set(wanted) else None)
     chosen = _layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
@@ -93,31 +99,39 @@ def diagnose(
     has_masks = any(item.mask is not None for item in pictures.items)
     rendered = render_prompt(processor, prompt)
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
-    with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(model):
-        accumulator, done = measure(
-            vlm,
-            loader,
-            chosen,
-            Path(folder),
-            exact=exact,
-            calibration_images=calibration_images,
-            encoder="fidelity" in wanted,
-            bleeding="bleeding" in wanted,
-            progress=progress,
-        )
-        rows = all_rows(
-            vlm,
-            loader,
-            accumulator,
-            wanted,
-            pictures.labels,
-            done,
-            vlm.resolve_layer("middle"),
-            seed=seed,
-            has_masks=has_masks,
-            unlabelled=pictures.unlabelled,
-            progress=progress,
-        )
+
+    def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int]]:
+        with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
+            accumulator, done = measure(
+                vlm,
+                loader,
+                chosen,
+                Path(folder),
+                exact=exact,
+                calibration_images=calibration_images,
+                encoder="fidelity" in wanted,
+                bleeding="bleeding" in wanted,
+                progress=progress,
+            )
+            rows = all_rows(
+                vlm,
+                loader,
+                accumulator,
+                wanted,
+                pictures.labels,
+                done,
+                vlm.resolve_layer("middle"),
+                seed=seed,
+                has_masks=has_masks,
+                unlabelled=pictures.unlabelled,
+                progress=progress,
+            )
+        return rows, accumulator, done
+
+    rows, accumulator, done = look(vlm, loader)
+    if "random_weights" in null_models:
+        twin = Vlm(random_weights(vlm, seed))
+        rows += as_null(look(twin, replace(loader, vlm=twin))[0], RANDOM_WEIGHTS)
     left_out = sum(len(too_small(values, done)) for values in pictures.labels.values() if "probes" in wanted)
     info = {
         "label": label_run,
@@ -151,6 +165,7 @@ def diagnose(
         "skip_broken": skip_broken,
         "split_components": split_components,
         "metrics": list(wanted),
+        "nulls": list(null_models),
         "exact": exact,
         "calibration_images": calibration_images,
     }

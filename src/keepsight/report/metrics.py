@@ -140,6 +140,7 @@ SECTIONS = (
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
 # Drawn as thin lines under the metric's own.
 CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
+NULL_VARIANTS = ("random weights",)  # alone, or after the variant that they are the null of: "raw, random weights"
 
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
@@ -148,6 +149,16 @@ GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
 def metric(name: str) -> Metric:
     """How to show `name`; a metric that is not known keeps its own name."""
     return METRICS.get(name) or Metric(name.replace("_", " "))
+
+
+def control_of(variant: str) -> str | None:
+    """The variant that a control belongs to; "" for any; None where it is no control."""
+    if variant in CONTROL_VARIANTS:
+        return ""
+    for null in NULL_VARIANTS:
+        if variant == null or variant.endswith(f", {null}"):
+            return variant.removesuffix(null).removesuffix(", ")
+    return None
 
 
 def preferred(variants: set[str]) -> str:
