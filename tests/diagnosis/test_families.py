@@ -286,6 +286,25 @@ def test_encoder_output_of_a_batch_is_that_of_each_picture_alone(case: Case) -> 
     assert {(name, layer) for name in ("fidelity", "fidelity_input") for layer in range(5)} <= layers
 
 
+def test_similarity_maps(case: Case) -> None:
+    shown = {example.name: example for example in case.result.examples}
+    assert len(shown) == 6
+    for index, (image, _) in enumerate(case.pictures):
+        if f"picture {index}" not in shown:
+            continue
+        found = shown[f"picture {index}"].map
+        assert found is not None
+        for layer in range(5):
+            unit = torch.nn.functional.normalize(case.states[index][layer], dim=1)
+            expected = (unit @ unit.T).numpy()
+            again = np.stack([found.similarity(layer, token) for token in range(len(expected))])
+            assert np.abs(again - expected).max() <= found.worst[layer] + 1e-4
+            assert found.error[layer] < 0.1
+        boxes = np.array([box for box, _ in case.family.laid_out(*image.size)])
+        middles = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.array(image.size)
+        np.testing.assert_allclose(found.centres, middles, atol=0.06)
+
+
 def test_norms(case: Case) -> None:
     found = {r.layer: r.value for r in case.result.rows if (r.metric, r.tokens) == ("token_norm", "all")}
     for layer in range(5):

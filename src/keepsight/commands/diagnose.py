@@ -27,7 +27,7 @@ class DiagnoseConfig:
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
         metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
-            fidelity, lens.
+            fidelity, lens, maps.
         nulls: null models to measure as well: "none", or random_weights (takes as long again).
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …

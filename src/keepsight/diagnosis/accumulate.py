@@ -38,7 +38,7 @@ class Batch:
 
     image: [T]; thumbnail: bool [T]; objects: bool [K, T]; owner: [K], image of each object;
     sample: [t] token indices of the seeded sample; group: [B], each image's jackknife group; place: [T], a number for
-    each tile, row and column, the same in every image.
+    each tile, row and column, the same in every image; counted: bool [B], the images whose neighbours are counted.
     """
 
     image: Tensor
@@ -49,10 +49,11 @@ class Batch:
     sample: Tensor
     group: Tensor
     place: Tensor
+    counted: Tensor
     scopes: dict[str, Groups] = field(init=False)
 
     def __post_init__(self) -> None:
-        everything = Groups.build(self.image, self.n_images, self.objects, self.owner)
+        everything = Groups.build(self.image, self.n_images, self.objects, self.owner, self.counted)
         self.scopes = {"all": everything}
         if bool(self.thumbnail.any()):
             # Pictures in one piece are in neither: both numbers are of the same pictures, whatever the batch.
@@ -64,7 +65,8 @@ class Batch:
         """The same batch with its tensors on `device`."""
         image, thumbnail, objects = self.image.to(device), self.thumbnail.to(device), self.objects.to(device)
         owner, sample, group = self.owner.to(device), self.sample.to(device), self.group.to(device)
-        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, self.place.to(device))
+        place, counted = self.place.to(device), self.counted.to(device)
+        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, place, counted)
 
 
 class Accumulator:
@@ -146,12 +148,13 @@ class Accumulator:
         """[B, len(VALUES)], one row an image."""
         centred = structure(x, groups, centre=mean, channels=channels)
         objects = [raw.cohesion, raw.coupling, centred.cohesion, centred.coupling]
-        if self.bleeding:
-            objects += [bleeding(x, groups.near, centre, channels) for centre in (None, mean)]
         images = torch.stack([groups.token_mean(raw.norms), raw.homogeneity, centred.homogeneity], dim=1)
         means = groups.image_mean(torch.stack(objects, dim=1))
-        absent = x.new_full((groups.n_images, len(VALUES) - images.shape[1] - means.shape[1]), float("nan"))
-        return torch.cat([images, means, absent], dim=1)
+        spilt = x.new_full((groups.n_images, 2), float("nan"))
+        if self.bleeding:
+            both = [bleeding(x, groups.near, centre, channels) for centre in (None, mean)]
+            spilt = groups.counted_mean(torch.stack(both, dim=1))
+        return torch.cat([images, means, spilt], dim=1)
 
     def _count_objects(self, raw: Structure) -> None:
         assert self._batch is not None

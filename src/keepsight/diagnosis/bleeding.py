@@ -22,8 +22,8 @@ class Neighbourhood:
 
     A row is a pair of an object and one of its patches, M in all, image by image; N is the largest image's tokens.
     token, owner, wanted: [M], the patch, its object, and n − 1; outside, others: bool [M, N], of the image's tokens
-    those outside the object, and all but the patch itself; images: token numbers [n_i] and the rows of each image;
-    n_objects: K.
+    those outside the object, and all but the patch itself; images: of each, the token numbers [n_i], the patches of its
+    rows among them, and the rows; n_objects: K.
     """
 
     token: Tensor
@@ -31,17 +31,17 @@ class Neighbourhood:
     wanted: Tensor
     outside: Tensor
     others: Tensor
-    images: list[tuple[Tensor, slice]]
+    images: list[tuple[Tensor, Tensor, slice]]
     n_objects: int
 
     @classmethod
-    def build(cls, in_image: Tensor, in_object: Tensor, image_of: Tensor) -> Neighbourhood:
-        """in_image: bool [B, T]; in_object: bool [K, T], within their images; image_of: [K].
+    def build(cls, in_image: Tensor, in_object: Tensor, image_of: Tensor, counted: Tensor) -> Neighbourhood:
+        """in_image: bool [B, T]; in_object: bool [K, T], within their images; image_of: [K]; counted: bool [B].
 
-        Objects with fewer than two patches, or with none outside, have no rows.
+        Objects with fewer than two patches, with none outside, or of images that are not counted, have no rows.
         """
         inside, total = in_object.sum(dim=1), in_image.sum(dim=1)
-        usable = (inside >= 2) & (total[image_of] > inside)
+        usable = (inside >= 2) & (total[image_of] > inside) & counted[image_of]
         longest = int(total.max()) if len(total) else 0
         tokens, owners, masks, images, start = [], [], [], [], 0
         for image in range(len(in_image)):
@@ -58,7 +58,7 @@ class Neighbourhood:
             tokens.append(columns[where])
             owners.append(mine[which])
             masks.append(outside)
-            images.append((columns, slice(start, start + len(which))))
+            images.append((columns, where, slice(start, start + len(which))))
             start += len(which)
         if not tokens:
             none = image_of.new_zeros(0)
@@ -81,21 +81,17 @@ def bleeding(
     result = tokens.new_full((near.n_objects,), float("nan"), dtype=torch.float32)
     if not len(near.token):
         return result
-    x = tokens.float() if centre is None else tokens.float() - centre
-    unit = torch.nn.functional.normalize(x if channels is None else x * channels, dim=1, eps=1e-30)
-    cosine = unit.new_full(near.others.shape, float("-inf"))
-    for columns, rows in near.images:
-        cosine[rows, : len(columns)] = unit[near.token[rows]] @ unit[columns].T
-    shares = torch.cat(
-        [
-            _outside_share(*part)
-            for part in zip(
-                *(table.split(max(1, CHUNK // near.others.shape[1])) for table in (cosine, near.others, near.outside)),
-                near.wanted.split(max(1, CHUNK // near.others.shape[1])),
-                strict=True,
-            )
-        ]
-    )
+    cosine = tokens.new_full(near.others.shape, float("-inf"), dtype=torch.float32)
+    for columns, where, rows in near.images:
+        x = tokens[columns].float()
+        if centre is not None:
+            x = x - centre
+        unit = torch.nn.functional.normalize(x if channels is None else x * channels, dim=1, eps=1e-30)
+        few = 2 * len(where) < len(unit)  # else all patches are compared, and rows of the products taken
+        cosine[rows, : len(unit)] = unit[where] @ unit.T if few else (unit @ unit.T)[where]
+    step = max(1, CHUNK // near.others.shape[1])
+    parts = zip(*(table.split(step) for table in (cosine, near.others, near.outside, near.wanted)), strict=True)
+    shares = torch.cat([_outside_share(*part) for part in parts])
     chance = near.outside.sum(dim=1) / near.others.sum(dim=1)
     count = torch.bincount(near.owner, minlength=near.n_objects)
     total = torch.zeros_like(result).index_add_(0, near.owner, shares - chance)

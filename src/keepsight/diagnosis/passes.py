@@ -17,6 +17,7 @@ from keepsight.diagnosis.progress import tracked
 from keepsight.vlm import Vlm, capture
 from keepsight.vlm.features import ProjectorInput
 
+COUNTED = 256  # images whose patches' neighbours are counted: beyond them, it would cost as much as a few layers
 SAMPLE = 4096  # tokens of the sample, at least; twice the width if that is more
 
 
@@ -54,6 +55,7 @@ def measure(
     if not seen:
         raise ValueError(f"none of the {n} pictures can be read, such as '{loader.pictures[0].name}'; check the files")
     loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens / seen))
+    loader.counted = COUNTED / n  # of one or more, all
     accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact, bleeding)
     done: list[int] = []
     total = -(-n // loader.batch_size)

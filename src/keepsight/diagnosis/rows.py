@@ -16,7 +16,7 @@ from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_
 from keepsight.results import Measurement
 from keepsight.vlm import Vlm
 
-METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens")
+METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps")
 DEFAULT_METRICS = METRICS
 STRUCTURE = ("cohesion", "coupling", "gap", "contrast")
 

@@ -13,7 +13,8 @@ from torch import nn
 from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader
 from keepsight.diagnosis.data import find_pictures
-from keepsight.diagnosis.examples import choose_examples
+from keepsight.diagnosis.examples import choose_examples, open_examples
+from keepsight.diagnosis.maps import similarity_maps
 from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, wanted_nulls
 from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
@@ -21,6 +22,7 @@ from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, wanted_metrics
 from keepsight.diagnosis.summary import too_small
 from keepsight.results import Measurement, fingerprint, prompt_hash, versions
+from keepsight.results.maps import SimilarityMap
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.inference import inference
@@ -66,8 +68,8 @@ def diagnose(
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             sixteen pictures unless given, but 8 to 32.
-        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens". Norms,
-            sinks and homogeneity are always there.
+        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps".
+            Norms, sinks and homogeneity are always there.
         nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
             random weights behind the same encoder and projector. Its rows have "random weights" in `variant`.
         targets: label set → "asked" or "never asked", for the report.
@@ -129,6 +131,11 @@ def diagnose(
         return rows, accumulator, done
 
     rows, accumulator, done = look(vlm, loader)
+    shown = choose_examples(pictures, done)
+    maps: list[SimilarityMap | None] = [None] * len(shown)
+    if "maps" in wanted:
+        with inference(model):
+            maps = similarity_maps(vlm, loader, shown, chosen)
     if "random_weights" in null_models:
         twin = Vlm(random_weights(vlm, seed))
         rows += as_null(look(twin, replace(loader, vlm=twin))[0], RANDOM_WEIGHTS)
@@ -169,7 +176,7 @@ def diagnose(
         "exact": exact,
         "calibration_images": calibration_images,
     }
-    return Diagnosis(rows, info, config, choose_examples(pictures, done, split_components))
+    return Diagnosis(rows, info, config, open_examples(pictures, shown, split_components, maps))
 
 
 def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:

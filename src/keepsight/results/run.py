@@ -3,7 +3,7 @@
 rows.jsonl     one Measurement a line
 run.json       kind ("diagnosis", "training"), label, command, versions, model, depth, PRe layer, prompt, seed, counts
 config.yaml    the resolved configuration
-examples/      pictures, masks and examples.json
+examples/      pictures, masks, similarity maps and examples.json
 report.html    written by keepsight.report
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from keepsight.results.maps import SimilarityMap
 from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.provenance import command_line, prompt_hash, versions
 from keepsight.results.storage import make_folder, storage_error, write_file
@@ -40,6 +41,7 @@ class Example:
     mask: np.ndarray | None = None
     name: str = ""  # file name or index in the data set
     caption: str = ""  # label, question, answer: whatever belongs to the picture
+    map: SimilarityMap | None = None  # which of its patches look alike at each layer
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class RunDirectory:
         return {name: (there.get(name), now.get(name)) for name in names if there.get(name) != now.get(name)}
 
     def write_examples(self, examples: Iterable[Example]) -> None:
-        """Write pictures and masks to examples/, in place of those that were there."""
+        """Write pictures, masks and maps to examples/, in place of those that were there."""
         folder = self.path / "examples"
         if folder.exists():
             shutil.rmtree(folder)
@@ -254,6 +256,9 @@ class RunDirectory:
             if example.mask is not None:
                 entry["mask"] = f"{number:03d}.mask.png"
                 _save_png(Image.fromarray(np.asarray(example.mask, dtype=np.uint8)), folder / str(entry["mask"]))
+            if example.map is not None:
+                entry["map"] = f"{number:03d}.map.npz"
+                write_file(folder / str(entry["map"]), example.map.to_bytes())
             index.append(entry)
         write_file(folder / "examples.json", _json(index))
 
@@ -267,7 +272,10 @@ class RunDirectory:
         for entry in json.loads(index.read_text(encoding="utf-8")):
             mask = entry["mask"] and np.asarray(_open_png(folder, entry["mask"]), dtype=np.uint8)
             image = _open_png(folder, entry["image"]).convert("RGB")
-            found.append(Example(image, mask if entry["mask"] else None, entry["name"], entry["caption"]))
+            stored = entry.get("map") and SimilarityMap.from_bytes(_inside(folder, entry["map"]).read_bytes())
+            found.append(
+                Example(image, mask if entry["mask"] else None, entry["name"], entry["caption"], stored or None)
+            )
         return found
 
     def load(self) -> LoadedRun:
@@ -379,13 +387,17 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 
 def _open_png(folder: Path, name: str) -> Image.Image:
-    """A picture of examples/; a name that leads out of the folder is refused."""
+    with Image.open(_inside(folder, name)) as image:
+        return image.copy()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of examples/; a name that leads out of the folder is refused."""
     path = (folder / name).resolve()
     if path.parent != folder.resolve() or not path.is_file():
         index = folder / "examples.json"
         raise ValueError(f"'{index}' names '{name}', which is not a picture in that folder")
-    with Image.open(path) as image:
-        return image.copy()
+    return path
 
 
 def _json(value: Any) -> str:
