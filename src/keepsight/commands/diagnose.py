@@ -26,6 +26,9 @@ class DiagnoseConfig:
         batch_size: pictures at once.
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
+        metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
+            fidelity, lens, maps.
+        nulls: null models to measure as well: "none", or random_weights (takes as long again).
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -44,6 +47,8 @@ class DiagnoseConfig:
     seed: int = 0
     skip_broken: bool = False
     split_components: bool = False
+    metrics: str = "all"
+    nulls: str = "none"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -90,10 +95,14 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
-    from keepsight.diagnosis import diagnose
+    from keepsight.diagnosis import METRICS, diagnose
+    from keepsight.diagnosis.nulls import wanted_nulls
+    from keepsight.diagnosis.rows import wanted_metrics
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
 
+    metrics = wanted_metrics(METRICS if config.metrics == "all" else _listed(config.metrics))
+    nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
     device = device_named(config.device)
     images = _images(config.images)
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
@@ -112,6 +121,8 @@ def main(arguments: Sequence[str]) -> None:
         seed=config.seed,
         skip_broken=config.skip_broken,
         split_components=config.split_components,
+        metrics=metrics,
+        nulls=nulls,
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )
@@ -153,6 +164,11 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
                 f"names are paths in the image folder, such as '{names[0]}'."
             )
     return {target: [labels.get(name) for name in names] for target, labels in sets.items()}
+
+
+def _listed(text: str) -> list[str]:
+    """ "a, b" → ["a", "b"]"""
+    return [name.strip() for name in text.split(",")]
 
 
 def _images(path: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -46,12 +45,12 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def whole_weights(model: nn.Module) -> dict[str, Any]:
     """The state dict of a sharded model, whole and on the CPU, in the main process; every process must call it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def load_whole_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> list[str]:
     """Put whole tensors into a sharded model; returns names that it does not have."""
     options = StateDictOptions(full_state_dict=True, strict=False)
     return list(set_model_state_dict(model, state, options=options).unexpected_keys)
