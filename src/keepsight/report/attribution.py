@@ -94,10 +94,11 @@ def draw(trainings: Mapping[str, Sequence[Point]], rows: Sequence[Measurement], 
         for place, layer in enumerate(layers)
     ]
     active = layers.index(middle) if middle in layers else 0
+    slider = {"steps": steps, "active": active, "currentvalue": {"prefix": "layer "}, "len": 0.5, "pad": {"t": 60}}
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif"},
-        sliders=[{"steps": steps, "active": active, "currentvalue": {"prefix": "layer "}, "len": 0.5}],
+        sliders=[slider],
         height=560,
         margin={"t": 60},
         title="What the model pays for its skill",
