@@ -18,7 +18,10 @@ from keepsight.testbed.scenes import draw_scenes
 STEPS, PICTURES, MICRO_BATCH = 4, 8, 2  # pictures: of a whole optimizer step
 
 set_seed(0)
-accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+accelerator = Accelerator(
+    cpu=not torch.cuda.is_available(),  # without it, torchrun's processes on CPUs would not know of each other
+    kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+)
 processes = accelerator.num_processes
 model, processor = build_vlm()  # or AutoModelForImageTextToText.from_pretrained(...)
 model.train()
