@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -56,6 +57,14 @@ def build(cls: type[Config], values: Namespace | dict[str, Any]) -> Config:
         nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         chosen[name] = build(hint, values[name]) if nested else values[name]
     return cls(**chosen)
+
+
+def read_yaml(cls: type[Config], file: Path) -> Config:
+    """The dataclass from a YAML file, such as a run's config.yaml."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    add_fields(parser, cls)
+    return build(cls, parser.parse_args([f"--config={file}"]))
 
 
 def field_texts(cls: type) -> dict[str, str]:

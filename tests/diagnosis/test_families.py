@@ -17,9 +17,14 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from keepsight.diagnosis import Diagnosis, diagnose
+from keepsight.diagnosis import DEFAULT_PROMPT, Diagnosis, diagnose
 from keepsight.diagnosis.probe import fit_probes
+from keepsight.diagnosis.similarity import Similarity
+from keepsight.vlm import Vlm
+from keepsight.vlm.chat import render_prompt
+from keepsight.vlm.features import ProjectorInput
 from tests import tiny, tiny_processors
+from tests.diagnosis.test_bleeding import naive as naive_bleeding
 from tests.diagnosis.world import states_alone
 from tests.families import idefics2, llava_next
 
@@ -129,6 +134,7 @@ class Case:
     result: Diagnosis
     inputs: list[dict[str, torch.Tensor]]
     pooled: dict[int, np.ndarray]  # layer → [n, d], as the probes read them
+    encoder: np.ndarray  # [n, d_v], the vision encoder's output, averaged over each picture's tokens
     states: list[torch.Tensor]  # of each picture [L + 1, N, d]
     pictures: list[tuple[Image.Image, np.ndarray]]
 
@@ -147,7 +153,18 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
         return fit_probes(read, layers, names, **more)
 
     monkeypatch.setattr("keepsight.diagnosis.summary.fit_probes", fit)
-    hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True)
+    encoder: list[np.ndarray] = []
+
+    class Spy(Similarity):
+        def __init__(self, accumulator: Any, seed: int) -> None:
+            if accumulator.encoder_pooled is not None:
+                encoder.append(accumulator.encoder_pooled.read(0))
+            super().__init__(accumulator, seed)
+
+    monkeypatch.setattr("keepsight.diagnosis.rows.Similarity", Spy)
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(kwargs) if "input_ids" in kwargs else None, with_kwargs=True
+    )
     result = diagnose(
         model,
         processor,
@@ -161,7 +178,7 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
     )
     hook.remove()
     states = [states_alone(model, processor, image) for image, _ in pictures]
-    return Case(family, result, inputs, pooled, states, pictures)
+    return Case(family, result, inputs, pooled, encoder[0], states, pictures)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +270,41 @@ def test_states_and_prompt_of_a_batch_are_those_of_each_picture_alone(case: Case
         torch.testing.assert_close(torch.from_numpy(pooled), expected, atol=2e-5, rtol=1e-4)
 
 
+def test_encoder_output_of_a_batch_is_that_of_each_picture_alone(case: Case) -> None:
+    model, processor = case.family.model(), case.family.processor()
+    vlm = Vlm(model)
+    given = ProjectorInput(vlm)
+    expected = []
+    for image, _ in case.pictures:
+        prompt = render_prompt(processor, DEFAULT_PROMPT)
+        batch = dict(processor(images=[[image]], text=[prompt], return_tensors="pt"))
+        with torch.no_grad():
+            model(**batch)
+        expected.append(given.on_tokens(vlm.image_tokens(batch), batch).mean(dim=0))
+    torch.testing.assert_close(torch.from_numpy(case.encoder), torch.stack(expected), atol=2e-5, rtol=1e-4)
+    layers = {(r.metric, r.layer) for r in case.result.rows if r.value is not None and r.variant == ""}
+    assert {(name, layer) for name in ("fidelity", "fidelity_input") for layer in range(5)} <= layers
+
+
+def test_similarity_maps(case: Case) -> None:
+    shown = {example.name: example for example in case.result.examples}
+    assert len(shown) == 6
+    for index, (image, _) in enumerate(case.pictures):
+        if f"picture {index}" not in shown:
+            continue
+        found = shown[f"picture {index}"].map
+        assert found is not None
+        for layer in range(5):
+            unit = torch.nn.functional.normalize(case.states[index][layer], dim=1)
+            expected = (unit @ unit.T).numpy()
+            again = np.stack([found.similarity(layer, token) for token in range(len(expected))])
+            assert np.abs(again - expected).max() <= found.worst[layer] + 1e-4
+            assert found.error[layer] < 0.1
+        boxes = np.array([box for box, _ in case.family.laid_out(*image.size)])
+        middles = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.array(image.size)
+        np.testing.assert_allclose(found.centres, middles, atol=0.06)
+
+
 def test_norms(case: Case) -> None:
     found = {r.layer: r.value for r in case.result.rows if (r.metric, r.tokens) == ("token_norm", "all")}
     for layer in range(5):
@@ -265,7 +317,23 @@ def test_structure_equals_the_pairwise_definition(case: Case) -> None:
     compare(case)
 
 
+def test_bleeding_equals_the_definition(case: Case) -> None:
+    rows = {(r.layer, r.tokens): r for r in case.result.rows if (r.metric, r.variant) == ("bleeding", "raw")}
+    for scope in SCOPES:
+        per_image = []
+        for (image, mask), states in zip(case.pictures, case.states, strict=True):
+            kept = scopes_of(case.family, image, states)[scope]
+            inside = members(case.family, image, mask, split=False)[:, kept]
+            found = np.array(naive_bleeding(states[2][kept], inside)) if kept.any() else np.array([])
+            per_image += [found[~np.isnan(found)].mean()] if (~np.isnan(found)).any() else []
+        assert ((2, scope) in rows) == bool(per_image)
+        if per_image:
+            assert rows[2, scope].value == pytest.approx(np.mean(per_image), abs=1e-5)
+            assert rows[2, scope].n == len(per_image)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_parts_of_a_mask_as_objects_of_their_own(name: str, patch: pytest.MonkeyPatch) -> None:
     together, apart = (diagnosed(name, "left", patch, split_components=split) for split in (False, True))
     compare(apart, split=True)
@@ -305,6 +373,10 @@ def test_a_resamplers_queries_are_diagnosed_without_masks() -> None:
     (found,) = (r.value for r in result.rows if (r.metric, r.layer, r.tokens) == ("token_norm", 2, "all"))
     assert found == pytest.approx(expected, rel=1e-5)
     assert {"probe_accuracy", "entropy_rank"} <= {r.metric for r in result.rows}
+    (none,) = (r for r in result.rows if r.metric == "fidelity")
+    assert none.value is None
+    assert "its projector holds a resampler" in none.note
+    assert {r.layer for r in result.rows if r.metric == "fidelity_input" and r.value is not None} == set(range(5))
     with pytest.raises(ValueError, match=r"'idefics2': its visual tokens come out of a resampler .* Leave masks out"):
         diagnose(model, processor, images, masks=[mask for _, mask in drawn], progress=False)
     splitting = tiny_processors.make_idefics2(do_image_splitting=True)

@@ -5,9 +5,12 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
 
 from keepsight.diagnosis import Diagnosis, diagnose
+from keepsight.diagnosis.baselines import split_images
 from keepsight.diagnosis.data import find_pictures
+from keepsight.diagnosis.ridge import TEST, TRAIN
 from keepsight.results import RunDirectory
 from tests.diagnosis.test_structure import pairwise
 from tests.diagnosis.world import LAYERS, TOKENS, WIDTH, picture, states_alone, tiny_llava, write_world
@@ -115,6 +118,46 @@ def test_sample_of_tokens_is_near_all_of_them(world, parts, result, monkeypatch)
     assert "seeded sample of tokens" in row.note
 
 
+def test_fidelity_equals_scikit_learn(result, world, parts, states):
+    """At the strength that the row names, on the split that `split_images` makes, with the projector's input hooked."""
+    model, processor = parts
+    given = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: given.append(args[0][0]))
+    for item in find_pictures(world[0]).items:
+        states_alone(model, processor, item.open()[0])
+    hook.remove()
+    part = np.repeat(split_images(24, 0), TOKENS)
+    train, test = part == TRAIN, part == TEST
+
+    def standard(tokens):
+        table = tokens.flatten(0, 1).double().numpy()
+        return (table - table[train].mean(axis=0)) / table[train].std(axis=0)
+
+    for layer in range(LAYERS + 1):
+        for metric, target in (("fidelity", torch.stack(given)), ("fidelity_input", states[0])):
+            row = value(result, metric, layer)
+            strength = float(row.note.split("ridge ")[1].split(" of")[0])
+            x, y = standard(states[layer]), standard(target)
+            model = Ridge(alpha=strength * train.sum(), fit_intercept=False).fit(x[train], y[train])
+            expected = 1 - ((model.predict(x[test]) - y[test]) ** 2).sum() / (y[test] ** 2).sum()
+            assert row.value == pytest.approx(expected, abs=2e-4), (metric, layer)
+            assert (row.n, row.low < row.value < row.high or layer == 0) == (5, True)
+    assert value(result, "fidelity_input", 0).value > 0.999
+    assert value(result, "fidelity", 0).value > value(result, "fidelity", 0, "another image, same place").value + 0.2
+
+
+def test_metrics_can_be_switched_off(parts, world):
+    few = diagnose(*parts, world[0], masks=world[1], layers=[1], metrics=["structure"], progress=False)
+    assert {r.metric for r in few.rows} == {
+        *("token_norm", "token_homogeneity", "sink_tokens", "sink_channels"),
+        *("cohesion", "coupling", "gap", "contrast"),
+    }
+    none = diagnose(*parts, world[0], masks=world[1], layers=[1], metrics=(), progress=False)
+    assert {r.metric for r in none.rows} == {"token_norm", "token_homogeneity", "sink_tokens", "sink_channels"}
+    with pytest.raises(ValueError, match="metrics holds 'structur'; allowed: probes, structure, bleeding, spectrum"):
+        diagnose(*parts, world[0], metrics=["structur"], progress=False)
+
+
 def test_every_layer_has_every_metric(result):
     for metric in ("probe_accuracy", "cohesion", "coupling", "gap", "contrast", "participation_ratio", "entropy_rank"):
         assert {r.layer for r in result.rows if r.metric == metric} == set(range(LAYERS + 1)), metric
@@ -128,6 +171,18 @@ def test_every_layer_has_every_metric(result):
     }
     assert result.info["prompt"] == "<bos>USER: <image> Describe the picture.\nASSISTANT:"
     assert len(result.info["prompt_sha256"]) == 64
+
+
+def test_what_each_picture_adds_averages_to_the_number(result, world):
+    kept = result.per_image
+    assert kept is not None
+    rows = {row.key: row for row in result.rows}
+    assert set(kept.images) == {str(path.relative_to(world[0])) for path in world[0].rglob("*.png")}
+    metrics = {key.metric for key in kept.keys}
+    assert metrics >= {"probe_accuracy", "probe_drop", "cohesion", "coupling", "gap", "contrast", "token_homogeneity"}
+    for key in kept.keys:
+        if rows[key].value is not None:
+            assert np.nanmean(kept.of(key)) == pytest.approx(rows[key].value, rel=1e-5, abs=1e-5), key
 
 
 def test_saved_and_reported(result, tmp_path):

@@ -18,7 +18,8 @@ from keepsight.pre.config import PReConfig
 from keepsight.training.arguments import check_trainer_settings
 from keepsight.training.config import TrainConfig
 from keepsight.training.freeze import parts, train_only
-from keepsight.training.recipe import read_curves, train
+from keepsight.training.recipe import train
+from keepsight.training.record import read_curves
 from keepsight.vlm import assemble
 from tests.training import lookalikes
 from tests.training.lookalikes import ANCHORS, CLIP, QWEN, REAL, SIGLIP, TOKENS, VICUNA

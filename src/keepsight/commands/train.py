@@ -53,13 +53,14 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.commands.console import console, quiet
 
     quiet()
-    from keepsight.training.recipe import MODEL, read_curves, train
+    from keepsight.training.recipe import train
+    from keepsight.training.record import MODEL, PROGRESS, read_curves
 
     run = train(config, resume=values.resume)
     for name in config.stages():
         console.print(f"stage {name}: {_last(read_curves(run.path), name)}", markup=False)
     for what, count in run.info["counts"].items():
-        if what.split(": ")[1] not in ("entries", "steps", "parameters trained"):
+        if what.split(": ")[1] not in PROGRESS:
             console.print(f"{what}: {count}", style="yellow", markup=False)
     console.print(f"model and processor: {run.path / MODEL}", markup=False)
     console.print(f"next: keepsight diagnose {shlex.quote(str(run.path))} --images DIR --out DIR", markup=False)

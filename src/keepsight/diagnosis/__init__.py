@@ -1,7 +1,8 @@
-"""What the visual tokens of every layer still hold: probes, patch structure, spectrum, in one forward pass."""
+"""What the visual tokens of every layer still hold: probes, structure, spectrum, fidelity, in one forward pass."""
 
 from keepsight.diagnosis.batches import DEFAULT_PROMPT
 from keepsight.diagnosis.result import Diagnosis
+from keepsight.diagnosis.rows import METRICS
 from keepsight.diagnosis.run import diagnose
 
-__all__ = ["DEFAULT_PROMPT", "Diagnosis", "diagnose"]
+__all__ = ["DEFAULT_PROMPT", "METRICS", "Diagnosis", "diagnose"]

@@ -1,24 +1,22 @@
-"""What one forward pass leaves behind: layer by layer inside the forward, nothing kept that grows with the data.
-
-`Calibration` is a short pass over a seeded subset of the images. It fixes, per layer, what the main pass needs to know
-beforehand: the mean token (for centring), the norm above which a token is a sink, and the channels that dominate.
-`Accumulator` is the main pass. Both are fed by `sink(layer, tokens)`.
-"""
+"""What one forward pass leaves behind: layer by layer inside the forward, nothing kept that grows with the data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.bleeding import bleeding
+from keepsight.diagnosis.calibrate import LayerCalibration
 from keepsight.diagnosis.spectrum import CovarianceSums
 from keepsight.diagnosis.store import LayerStore
 from keepsight.diagnosis.structure import Groups, Structure, structure
 
-SINK = 10.0  # a token or channel is a sink above this multiple of the layer's median norm
+BLOCK = 4096  # sampled tokens read at a time
 SCOPES = ("all", "without sinks", "tiles", "thumbnail")
 VALUES = (
     "token_norm",
@@ -28,6 +26,8 @@ VALUES = (
     "coupling/raw",
     "cohesion/centred",
     "coupling/centred",
+    "bleeding/raw",
+    "bleeding/centred",
 )
 COLUMNS = (*(f"{scope}|{value}" for scope in SCOPES for value in VALUES), "sink_tokens")
 
@@ -37,7 +37,8 @@ class Batch:
     """The visual tokens of a batch: T tokens of B images, K objects.
 
     image: [T]; thumbnail: bool [T]; objects: bool [K, T]; owner: [K], image of each object;
-    sample: [t] token indices for the spectrum; group: [B], each image's jackknife group.
+    sample: [t] token indices of the seeded sample; group: [B], each image's jackknife group; place: [T], a number for
+    each tile, row and column, the same in every image; counted: bool [B], the images whose neighbours are counted.
     """
 
     image: Tensor
@@ -47,10 +48,12 @@ class Batch:
     owner: Tensor
     sample: Tensor
     group: Tensor
+    place: Tensor
+    counted: Tensor
     scopes: dict[str, Groups] = field(init=False)
 
     def __post_init__(self) -> None:
-        everything = Groups.build(self.image, self.n_images, self.objects, self.owner)
+        everything = Groups.build(self.image, self.n_images, self.objects, self.owner, self.counted)
         self.scopes = {"all": everything}
         if bool(self.thumbnail.any()):
             # Pictures in one piece are in neither: both numbers are of the same pictures, whatever the batch.
@@ -62,93 +65,47 @@ class Batch:
         """The same batch with its tensors on `device`."""
         image, thumbnail, objects = self.image.to(device), self.thumbnail.to(device), self.objects.to(device)
         owner, sample, group = self.owner.to(device), self.sample.to(device), self.group.to(device)
-        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group)
-
-
-@dataclass(frozen=True)
-class LayerCalibration:
-    """mean, mean_without_sinks: [d]; threshold: norm of a sink token; channels: float [d], 0 for sink channels."""
-
-    mean: Tensor
-    mean_without_sinks: Tensor
-    threshold: float
-    channels: Tensor
-    has_sinks: bool
-
-    @property
-    def sink_channels(self) -> int:
-        return int((self.channels == 0).sum())
-
-
-class Calibration:
-    """Means, thresholds and dominating channels of every layer, from the tokens of a few images.
-
-    Sums are kept of the tokens that cannot be sinks; the few that may be (norm above half the bound by their batch's
-    own median) are held until the median of all is known.
-    """
-
-    def __init__(self) -> None:
-        self._sum: dict[int, Tensor] = {}
-        self._square: dict[int, Tensor] = {}
-        self._count: dict[int, int] = {}
-        self._norms: dict[int, list[Tensor]] = {}
-        self._suspects: dict[int, list[Tensor]] = {}
-
-    def sink(self, layer: int, tokens: Tensor) -> None:
-        x = tokens.float()
-        norms = torch.linalg.vector_norm(x, dim=1)
-        suspect = norms > SINK / 2 * norms.median()
-        ordinary = x[~suspect].double() if bool(suspect.any()) else x.double()
-        self._sum[layer] = self._sum.get(layer, 0) + ordinary.sum(dim=0)
-        self._square[layer] = self._square.get(layer, 0) + ordinary.square().sum(dim=0)
-        self._count[layer] = self._count.get(layer, 0) + ordinary.shape[0]
-        self._norms.setdefault(layer, []).append(norms)
-        self._suspects.setdefault(layer, []).append(x[suspect])
-
-    def finish(self) -> dict[int, LayerCalibration]:
-        return {layer: self._layer(layer) for layer in self._sum}
-
-    def _layer(self, layer: int) -> LayerCalibration:
-        suspects = torch.cat(self._suspects[layer]).double()
-        threshold = SINK * float(torch.cat(self._norms[layer]).median())
-        sinks = torch.linalg.vector_norm(suspects, dim=1) > threshold
-        ordinary = suspects[~sinks]
-        count = self._count[layer] + ordinary.shape[0]
-        total = self._sum[layer] + ordinary.sum(dim=0)
-        square = self._square[layer] + ordinary.square().sum(dim=0)
-        size = (square / max(count, 1)).sqrt()  # of each channel, over the tokens that are no sinks
-        channels = size <= SINK * size.median()
-        mean = (total + suspects[sinks].sum(dim=0)) / (count + int(sinks.sum()))
-        return LayerCalibration(
-            mean=mean.float(),
-            mean_without_sinks=(total / max(count, 1)).float(),
-            threshold=threshold,
-            channels=channels.float(),
-            has_sinks=bool(sinks.any()) or not bool(channels.all()),
-        )
+        place, counted = self.place.to(device), self.counted.to(device)
+        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, place, counted)
 
 
 class Accumulator:
-    """Pooled features, per-image values and the spectrum's tokens of every layer.
+    """Pooled features, per-image values and a seeded sample of tokens of every layer.
 
     Args:
         layers: the captured layers, rising.
         folder: where the rows go.
-        exact: sum the covariance of all tokens as they come, instead of keeping a sample of tokens.
+        exact: whether the sample holds every token; only said in the rows.
+        bleeding: whether to count neighbours as well.
+
+    Attributes:
+        encoder, encoder_pooled: the vision encoder's output at the sampled tokens, and its mean over each image; None
+            until it is given, with `no_encoder` the reason if it cannot be had.
     """
 
     def __init__(
-        self, layers: Sequence[int], width: int, calibration: dict[int, LayerCalibration], folder: Path, exact: bool
+        self,
+        layers: Sequence[int],
+        width: int,
+        calibration: dict[int, LayerCalibration],
+        folder: Path,
+        exact: bool = False,
+        bleeding: bool = True,
     ) -> None:
         self.layers = list(layers)
         self.width = width
         self.calibration = calibration
-        self.pooled = LayerStore(folder / "pooled.f32", len(layers), width)
-        self.values = LayerStore(folder / "values.f32", len(layers), len(COLUMNS))
-        self.sampled = LayerStore(folder / "sampled.f32", len(layers), width)
-        self.sample_group: list[int] = []
-        self.sums: dict[int, list[CovarianceSums | None]] | None = {} if exact else None
+        self.exact = exact
+        self.bleeding = bleeding
+        self.pooled = LayerStore(folder / "pooled", len(layers), width)
+        self.values = LayerStore(folder / "values", len(layers), len(COLUMNS))
+        self.sampled = LayerStore(folder / "sampled", len(layers), width)
+        self.encoder: LayerStore | None = None
+        self.encoder_pooled: LayerStore | None = None
+        self.no_encoder = "fidelity was not asked for"
         self.objects = self.skipped_objects = self.images_with_objects = 0
+        self._folder = folder
+        self._sample: list[np.ndarray] = []
         self._batch: Batch | None = None
         self._taken: dict[str, list[Tensor]] = {}
 
@@ -165,19 +122,18 @@ class Accumulator:
         self._taken["pooled"].append(everything.token_mean(x))
 
         raw = structure(x, everything)
-        blocks = {"all": _block(everything, raw, structure(x, everything, centre=known.mean))}
+        blocks = {"all": self._block(x, everything, raw, known.mean)}
         sinks = raw.norms > known.threshold
         any_sinks = bool(sinks.any())
         if known.has_sinks or any_sinks:
-            kept = everything.keep(~sinks)
+            kept = everything.keep(~sinks) if any_sinks else everything
             bare = structure(x, kept, channels=known.channels)
-            centred = structure(x, kept, centre=known.mean_without_sinks, channels=known.channels)
-            blocks["without sinks"] = _block(kept, bare, centred)
+            blocks["without sinks"] = self._block(x, kept, bare, known.mean_without_sinks, known.channels)
         else:
             blocks["without sinks"] = blocks["all"]
         for scope, groups in batch.scopes.items():
             if scope != "all":
-                blocks[scope] = _block(groups, structure(x, groups), structure(x, groups, centre=known.mean))
+                blocks[scope] = self._block(x, groups, structure(x, groups), known.mean)
         absent = x.new_full((batch.n_images, len(VALUES)), float("nan"))
         count = x.new_zeros(batch.n_images, 1)
         if any_sinks:
@@ -186,10 +142,19 @@ class Accumulator:
 
         if layer == self.layers[0]:
             self._count_objects(raw)
-        if self.sums is None:
-            self._taken["sampled"].append(x[batch.sample])
-        else:
-            self._add(layer, x, sinks)
+        self._taken["sampled"].append(x[batch.sample])
+
+    def _block(self, x: Tensor, groups: Groups, raw: Structure, mean: Tensor, channels: Tensor | None = None) -> Tensor:
+        """[B, len(VALUES)], one row an image."""
+        centred = structure(x, groups, centre=mean, channels=channels)
+        objects = [raw.cohesion, raw.coupling, centred.cohesion, centred.coupling]
+        images = torch.stack([groups.token_mean(raw.norms), raw.homogeneity, centred.homogeneity], dim=1)
+        means = groups.image_mean(torch.stack(objects, dim=1))
+        spilt = x.new_full((groups.n_images, 2), float("nan"))
+        if self.bleeding:
+            both = [bleeding(x, groups.near, centre, channels) for centre in (None, mean)]
+            spilt = groups.counted_mean(torch.stack(both, dim=1))
+        return torch.cat([images, means, spilt], dim=1)
 
     def _count_objects(self, raw: Structure) -> None:
         assert self._batch is not None
@@ -198,56 +163,53 @@ class Accumulator:
         self.skipped_objects += int((~defined).sum())
         self.images_with_objects += int(self._batch.owner[defined].unique().numel())
 
-    def _add(self, layer: int, x: Tensor, sinks: Tensor) -> None:
+    def take_encoder(self, features: Tensor) -> None:
+        """The vision encoder's output [T, d_v] on the tokens of the present batch."""
         assert self._batch is not None
-        assert self.sums is not None
-        both = self.sums.setdefault(layer, [None, None])
-        groups = self._batch.group[self._batch.image]
-        for index, chosen in enumerate((~sinks, sinks)):
-            for group in groups[chosen].unique().tolist():
-                sums = both[index]
-                if sums is None:
-                    sums = CovarianceSums(x.shape[1], shift=self.calibration[layer].mean, device=str(x.device))
-                    both[index] = sums
-                sums.update(x[chosen & (groups == group)], group)
+        x = features.float()
+        if self.encoder is None or self.encoder_pooled is None:
+            self.encoder = LayerStore(self._folder / "encoder", 1, x.shape[1])
+            self.encoder_pooled = LayerStore(self._folder / "encoder-pooled", 1, x.shape[1])
+        self.encoder.append(x[self._batch.sample][None])
+        self.encoder_pooled.append(self._batch.scopes["all"].token_mean(x)[None])
 
     def end(self) -> None:
         """The forward of the present batch is over: write its rows."""
-        assert self._batch is not None
+        batch = self._batch
+        assert batch is not None
+        image = batch.image[batch.sample]
+        meta = torch.stack([image + self.pooled.rows, batch.group[image], batch.place[batch.sample]])
+        self._sample.append(meta.cpu().numpy().astype(np.int32))
         self.pooled.append(torch.stack(self._taken["pooled"]))
         self.values.append(torch.stack(self._taken["values"]))
-        if self.sums is None:
-            self.sampled.append(torch.stack(self._taken["sampled"]))
-            batch = self._batch
-            self.sample_group += batch.group[batch.image[batch.sample]].tolist()
+        self.sampled.append(torch.stack(self._taken["sampled"]))
         self._batch, self._taken = None, {}
+
+    @property
+    def sample(self) -> np.ndarray:
+        """[3, n]: image, jackknife group and place of each sampled token."""
+        return np.concatenate(self._sample, axis=1)
+
+    def blocks(self, position: int) -> Iterator[tuple[slice, Tensor]]:
+        """The sampled tokens of the layer in this position, a bounded number at a time: (which rows, [rows, d])."""
+        device = self.calibration[self.layers[position]].mean.device
+        for start in range(0, self.sampled.rows, BLOCK):
+            x = torch.from_numpy(self.sampled.read(position, start, start + BLOCK)).to(device)
+            yield slice(start, start + len(x)), x
 
     def covariance(self, position: int) -> tuple[CovarianceSums, CovarianceSums | None]:
         """Sums over the ordinary tokens and over the sinks (None without any) of the layer in this position."""
-        layer = self.layers[position]
-        known = self.calibration[layer]
-        if self.sums is not None:
-            ordinary, sinks = self.sums[layer]
-            return ordinary or CovarianceSums(known.mean.shape[0], shift=known.mean), sinks
-        x = torch.from_numpy(self.sampled.read(position)).to(known.mean.device)
-        group = torch.tensor(self.sample_group, device=x.device)
-        heavy = torch.linalg.vector_norm(x, dim=1) > known.threshold
-        parts: list[CovarianceSums | None] = []
-        for chosen in (~heavy, heavy):
-            if chosen is heavy and not bool(heavy.any()):
-                parts.append(None)
-                continue
-            sums = CovarianceSums(x.shape[1], shift=known.mean, device=str(x.device))
-            for g in group[chosen].unique().tolist():
-                sums.update(x[chosen & (group == g)], g)
-            parts.append(sums)
+        known = self.calibration[self.layers[position]]
+        device = known.mean.device
+        group = torch.from_numpy(self.sample[1]).to(device)
+        parts: list[CovarianceSums | None] = [CovarianceSums(self.width, shift=known.mean, device=str(device)), None]
+        for rows, x in self.blocks(position):
+            heavy = torch.linalg.vector_norm(x, dim=1) > known.threshold
+            for index, chosen in enumerate((~heavy, heavy)):
+                for g in group[rows][chosen].unique().tolist():
+                    sums = parts[index]
+                    if sums is None:
+                        sums = parts[index] = CovarianceSums(self.width, shift=known.mean, device=str(device))
+                    sums.update(x[chosen & (group[rows] == g)], g)
         assert parts[0] is not None
         return parts[0], parts[1]
-
-
-def _block(groups: Groups, raw: Structure, centred: Structure) -> Tensor:
-    """[B, len(VALUES)], one row an image."""
-    norm = groups.token_mean(raw.norms)
-    objects = torch.stack([raw.cohesion, raw.coupling, centred.cohesion, centred.coupling], dim=1)
-    images = torch.stack([norm, raw.homogeneity, centred.homogeneity], dim=1)
-    return torch.cat([images, groups.image_mean(objects)], dim=1)

@@ -18,7 +18,9 @@ from keepsight.images import ImageError
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.geometry import patch_coverage
+from keepsight.vlm.grids import ImageTokens
 
+SIDE = 1024  # rows and columns of a tile are fewer
 DEFAULT_PROMPT = "Describe the picture."
 
 
@@ -35,18 +37,20 @@ def truncate(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One batch, ready for the forward: the model's inputs, what is where, and which pictures it holds."""
+    """One batch, ready for the forward: the model's inputs, what is where, which pictures it holds; their tokens."""
 
     inputs: dict[str, Any]
     batch: Batch
     indices: list[int]
+    tokens: ImageTokens
 
 
 @dataclass
 class Loader:
     """Decodes pictures in order, `batch_size` at a time.
 
-    rate: share of each image's tokens that the spectrum samples; broken: names of the pictures left out so far;
+    rate: share of each image's tokens that the sample takes; counted: share of the images whose patches' neighbours are
+    counted; broken: names of the pictures left out so far;
     mask_values: the values seen in masks so far.
     """
 
@@ -59,12 +63,17 @@ class Loader:
     split_components: bool = False
     skip_broken: bool = False
     rate: float = 0.0
+    counted: float = 1.0
 
     def __post_init__(self) -> None:
         self.broken: dict[int, str] = {}
         self.mask_values: set[int] = set()
         order = np.random.default_rng([self.seed, 4]).permutation(len(self.pictures))
         self._group = torch.from_numpy(order % GROUPS)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
 
     def batches(self, indices: Sequence[int], masks: bool) -> Iterator[Decoded]:
         """The pictures with these indices; broken ones are left out when `skip_broken`.
@@ -133,11 +142,13 @@ class Loader:
             owner=torch.tensor(owner, dtype=torch.long),
             sample=self._sample(indices, counts),
             group=self._group[indices],
+            counted=torch.tensor([np.random.default_rng([self.seed, 10, i]).random() < self.counted for i in indices]),
+            place=(tokens.tile * SIDE + tokens.row) * SIDE + tokens.column,
         )
-        return Decoded(inputs, batch, indices)
+        return Decoded(inputs, batch, indices, tokens)
 
     def _sample(self, indices: list[int], counts: list[int]) -> Tensor:
-        """Which tokens the spectrum takes: each with the same probability, from a generator of the image's own."""
+        """Which tokens the sample takes: each with the same probability, from a generator of the image's own."""
         chosen, offset = [], 0
         for index, count in zip(indices, counts, strict=True):
             generator = np.random.default_rng([self.seed, 3, index])

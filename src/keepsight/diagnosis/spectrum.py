@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
+
+from keepsight.results.intervals import Estimate
 
 GROUPS = 10  # jackknife groups of images
 SHARES = (0.90, 0.95, 0.99)
@@ -129,16 +130,6 @@ def feature_correlation(matrix: Tensor) -> float:
     """Mean |off-diagonal| of a correlation matrix [c, c]."""
     c = matrix.shape[0]
     return float((matrix.abs().sum() - matrix.diagonal().abs().sum()) / (c * (c - 1)))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval (None where it cannot be had)."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    note: str = ""
 
 
 def jackknife(value: float, without: list[float], sizes: list[float], log: bool) -> tuple[float, float] | None:

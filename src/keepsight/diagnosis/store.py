@@ -8,37 +8,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 4 << 20  # bytes read at a time
-
 
 class LayerStore:
-    """An append-only file of float32 rows [layers, width], one row a picture or token."""
+    """Append-only files of float32 rows of `width` numbers, one file a layer, one row a picture or token."""
 
     def __init__(self, path: Path, layers: int, width: int) -> None:
         self.rows = 0
-        self._shape = (layers, width)
-        self._path = path
-        self._file = path.open("wb", buffering=0)
+        self.width = width
+        self._paths = [path.with_name(f"{path.name}-{layer}.f32") for layer in range(layers)]
+        self._files = [file.open("wb", buffering=0) for file in self._paths]
 
     def append(self, block: Tensor) -> None:
         """Add block [layers, rows, width]."""
-        data = block.transpose(0, 1).to(device="cpu", dtype=torch.float32).contiguous().numpy()
-        view = memoryview(data.tobytes())
-        while view:
-            view = view[self._file.write(view) :]
-        self.rows += data.shape[0]
+        data = block.to(device="cpu", dtype=torch.float32).contiguous().numpy()
+        for file, rows in zip(self._files, data, strict=True):
+            view = memoryview(rows.reshape(-1)).cast("B") if rows.size else memoryview(b"")
+            while view:
+                view = view[file.write(view) :]
+        self.rows += data.shape[1]
 
-    def read(self, layer: int) -> np.ndarray:
-        """[rows, width] of the layer in position `layer`, read block by block: the file itself is never in memory."""
-        layers, width = self._shape
-        result = np.empty((self.rows, width), dtype=np.float32)
-        step = max(1, BLOCK // (4 * layers * width))
-        with self._path.open("rb") as file:
-            for start in range(0, self.rows, step):
-                count = min(step, self.rows - start) * layers * width
-                block = np.fromfile(file, dtype=np.float32, count=count).reshape(-1, layers, width)
-                result[start : start + step] = block[:, layer]
-        return result
+    def read(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` (all by default) of the layer in position `layer`: [rows, width]."""
+        count = (self.rows if stop is None else min(stop, self.rows)) - start
+        read = np.fromfile(self._paths[layer], np.float32, count * self.width, offset=4 * start * self.width)
+        return read.reshape(count, self.width)
+
+    def gather(self, layer: int, rows: np.ndarray) -> np.ndarray:
+        """These rows of the layer in position `layer`, in any order: [len(rows), width]."""
+        if not len(rows):
+            return np.empty((0, self.width), np.float32)
+        return np.array(np.memmap(self._paths[layer], np.float32, "r", shape=(self.rows, self.width))[rows])
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files:
+            file.close()

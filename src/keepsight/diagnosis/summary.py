@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
 from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
-from keepsight.diagnosis.spectrum import Estimate, spectrum
-from keepsight.results import Measurement
+from keepsight.diagnosis.spectrum import spectrum
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.results.intervals import Estimate, mean_interval, ratio_shares
 
 NEAR_ZERO = 0.05  # a coupling below this makes the contrast ratio meaningless
 
 
-def mean_interval(values: np.ndarray) -> Estimate:
-    """Mean and 95 % t-interval of one value per image; NaN are images without a value."""
-    values = values[~np.isnan(values)].astype(np.float64)
-    if not len(values):
-        return Estimate(None, note="no image has a value")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Estimate(mean, note="no interval: one image")
-    half = float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
-    return Estimate(mean, mean - half, mean + half)
+def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> tuple[Estimate, np.ndarray]:
+    """Ratio of the data-set means with a linearised 95 % interval, and what each image adds to it.
+
+    None where the coupling is near zero; images then add NaN.
+    """
+    nothing = np.full(len(cohesion), np.nan)
+    both = ~np.isnan(cohesion) & ~np.isnan(coupling)
+    if not both.any():
+        return Estimate(None, note="no image has a value"), nothing
+    below = float(coupling[both].mean(dtype=np.float64))
+    if below < NEAR_ZERO:
+        why = f"coupling {below:.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
+        return Estimate(None, note=why), nothing
+    each = ratio_shares(cohesion, coupling)
+    return mean_interval(each), each
 
 
-def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> Estimate:
-    """Ratio of the data-set means with a linearised 95 % interval; None where the coupling is near zero."""
-    defined = ~np.isnan(cohesion) & ~np.isnan(coupling)
-    cohesion, coupling = cohesion[defined].astype(np.float64), coupling[defined].astype(np.float64)
-    if not len(coupling):
-        return Estimate(None, note="no image has a value")
-    if coupling.mean() < NEAR_ZERO:
-        return Estimate(
-            None, note=f"coupling {coupling.mean():.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
-        )
-    ratio = cohesion.mean() / coupling.mean()
-    spread = mean_interval((cohesion - ratio * coupling) / coupling.mean())
-    if spread.low is None or spread.high is None:
-        return Estimate(float(ratio), note=spread.note)
-    return Estimate(float(ratio), float(ratio) + spread.low, float(ratio) + spread.high)
-
-
-def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
-    """Norms, sinks, homogeneity and patch structure of every layer."""
+def image_rows(accumulator: Accumulator, per_image: PerImageBuilder, *, seed: int) -> list[Measurement]:
+    """Norms, sinks, homogeneity and patch structure of every layer; each picture's share goes to `per_image`."""
     rows: list[Measurement] = []
     skipped = accumulator.skipped_objects
     note = f"{accumulator.objects} objects" + (
@@ -61,7 +48,9 @@ def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
         columns = {name: table[:, i] for i, name in enumerate(COLUMNS)}
         base: dict[str, Any] = {"layer": layer, "seed": seed}
         channels = accumulator.calibration[layer].sink_channels
-        rows.append(Measurement("sink_tokens", **_fields(mean_interval(columns["sink_tokens"])), **base, n=len(table)))
+        sinks = columns["sink_tokens"]
+        rows.append(Measurement("sink_tokens", **mean_interval(sinks).fields, **base, n=len(table)))
+        per_image.add(rows[-1].key, sinks)
         rows.append(
             Measurement("sink_channels", channels, **base, n=accumulator.width, unit="channels", note="by calibration")
         )
@@ -70,27 +59,32 @@ def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
                 name.partition("|")[2]: column for name, column in columns.items() if name.startswith(f"{scope}|")
             }
             present = {name: column for name, column in values.items() if not np.isnan(column).all()}
-            rows += _scope_rows(present, {**base, "tokens": scope}, note)
+            for row, contributions in _scope_rows(present, {**base, "tokens": scope}, note):
+                rows.append(row)
+                per_image.add(row.key, contributions)
     return rows
 
 
-def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[Measurement]:
+def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[tuple[Measurement, np.ndarray]]:
+    """Rows, and what each picture adds to them."""
+
     def row(metric: str, variant: str, found: Estimate, column: np.ndarray, said: str = "") -> Measurement:
         n = int((~np.isnan(column)).sum())
         text = "; ".join(filter(None, [found.note, said]))
-        return Measurement(metric, found.value, low=found.low, high=found.high, n=n, variant=variant, note=text, **base)
+        return Measurement(metric, **found.fields, n=n, variant=variant, note=text, **base)
 
     for name, column in values.items():
         metric, _, variant = name.partition("/")
-        said = note if metric in ("cohesion", "coupling") else ""
-        yield row(metric, variant, mean_interval(column), column, said)
+        said = note if metric in ("cohesion", "coupling", "bleeding") else ""
+        yield row(metric, variant, mean_interval(column), column, said), column
     for variant in ("raw", "centred"):
         if f"cohesion/{variant}" in values:
             cohesion, coupling = values[f"cohesion/{variant}"], values[f"coupling/{variant}"]
             gap = cohesion.astype(np.float64) - coupling
-            yield row("gap", variant, mean_interval(gap), gap, note)
+            yield row("gap", variant, mean_interval(gap), gap, note), gap
             if variant == "raw":
-                yield row("contrast", variant, contrast_interval(cohesion, coupling), gap, note)
+                contrast, each = contrast_interval(cohesion, coupling)
+                yield row("contrast", variant, contrast, gap, note), each
 
 
 def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list[Measurement]:
@@ -107,11 +101,11 @@ def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list
         found["without sinks"] = (bare.n, spectrum(bare))
     else:
         found["without sinks"] = found["all"]
-    how = "all tokens" if accumulator.sums is not None else "seeded sample of tokens"
+    how = "all tokens" if accumulator.exact else "seeded sample of tokens"
     return [
         Measurement(
             metric,
-            **_fields(estimate),
+            **estimate.fields,
             layer=layer,
             n=n,
             unit="tokens",
@@ -130,6 +124,7 @@ def target_rows(
     labels: Mapping[str, Sequence[str | None]],
     done: Sequence[int],
     middle: int,
+    per_image: PerImageBuilder,
     *,
     seed: int,
     progress: bool = False,
@@ -164,7 +159,10 @@ def target_rows(
             return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
 
         probe = fit_probes(read, accumulator.layers, names, seed=seed)
-        rows += probe_rows(probe, target=target, middle=middle, seed=seed)
+        for row, contributions in probe_rows(probe, target=target, middle=middle, seed=seed):
+            rows.append(row)
+            if contributions is not None:
+                per_image.add(row.key, contributions, np.asarray(positions)[probe.test])
     return rows
 
 
@@ -175,7 +173,7 @@ def too_small(values: Sequence[str | None], done: Sequence[int]) -> list[str]:
 
 
 def missing_structure(
-    accumulator: Accumulator, has_masks: bool, mask_values: Collection[int] = (), *, seed: int
+    accumulator: Accumulator, has_masks: bool, mask_values: Collection[int] = (), *, metric: str, seed: int
 ) -> list[Measurement]:
     """A row that says why there is no patch structure, where there is none. `mask_values`: those that masks hold."""
     if has_masks and accumulator.objects:
@@ -183,8 +181,4 @@ def missing_structure(
     why = "no object has two patches inside and one outside" if has_masks else "no masks were given"
     if 255 in mask_values and not set(mask_values) - {0, 255}:
         why = "all non-zero pixels of the masks are 255, which means ignore; give objects other values, such as 1"
-    return [Measurement("gap", None, variant="raw", seed=seed, note=why)]
-
-
-def _fields(estimate: Estimate) -> dict:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return [Measurement(metric, None, variant="raw", seed=seed, note=why)]

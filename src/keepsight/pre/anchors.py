@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from keepsight.pre.config import PReConfig
 from keepsight.pre.external import PIXELS, POINTS, ExternalEncoder
 from keepsight.pre.teacher import Teacher
-from keepsight.vlm.features import on_token_grid, projector_of
+from keepsight.vlm.features import ProjectorInput
 from keepsight.vlm.grids import ImageTokens
 from keepsight.vlm.view import Vlm
 
@@ -31,25 +31,28 @@ class AnchorSource:
         self.teacher: Teacher | None = None
         self.external: ExternalEncoder | None = None
         self.hooks: list[Any] = []
-        self._projector_input: Tensor | None = None
+        self._projector_input: ProjectorInput | None = None
+        self._decay: float | None = None
         if not config.active:
             return
         if self.kind in ("pre_projector", "encoder"):
             self.width = _encoder_width(vlm)
-            self.hooks.append(projector_of(vlm).register_forward_pre_hook(self._take_projector_input, with_kwargs=True))
-        if self.kind == "moving_average":
-            self.teacher = Teacher(vlm, config.anchor_decay)
-        if self.kind == "encoder":
-            teacher = Teacher(vlm, decay=1.0)
-            self.teacher = teacher if teacher.names else None
+            self._projector_input = ProjectorInput(vlm)
+            self.hooks.append(self._projector_input.hook)
+        self._decay = {"moving_average": config.anchor_decay, "encoder": 1.0}.get(self.kind)
+        self.follow()
         if self.kind == "external":
             assert config.anchor_model is not None
             self.external = ExternalEncoder(config.anchor_model, config.anchor_layer)
             self.width = self.external.width
 
-    def _take_projector_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
-        self._projector_input = given.detach()
+    def follow(self) -> Teacher | None:
+        """Hold what learns now and is not held yet; returns `teacher`, None where the anchor needs none."""
+        if self._decay is not None:
+            teacher = self.teacher or Teacher(self._decay)
+            teacher.hold(self.vlm)
+            self.teacher = teacher if teacher.names or self.kind == "moving_average" else None
+        return self.teacher
 
     def empty(self, device: torch.device) -> Tensor:
         """The anchor of no tokens."""
@@ -83,9 +86,8 @@ class AnchorSource:
         else:
             if self.teacher is not None:
                 self.teacher.image_features(self.vlm, batch)  # on its way the projector's input is taken
-            assert self._projector_input is not None, "the projector did not run"
-            anchor = on_token_grid(self.vlm, self._projector_input, tokens, batch)
-            self._projector_input = None
+            assert self._projector_input is not None
+            anchor = self._projector_input.on_tokens(tokens, batch)
         if anchor.shape != (len(tokens.image), self.width):
             raise ValueError(
                 f"anchor {self.kind!r} of model family {self.vlm.family!r} has shape {list(anchor.shape)}, expected "

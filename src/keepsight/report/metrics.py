@@ -39,6 +39,9 @@ METRICS = {
     "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
     "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),
     "contrast": Metric("Contrast", "Cohesion ÷ coupling over the data set", digits=2),
+    "bleeding": Metric(
+        "Bleeding", "Share of a patch's nearest neighbours that lie outside its object, less chance (0 = as by chance)"
+    ),
     "participation_ratio": Metric(
         "Participation ratio", "(Σλ)² ÷ Σλ²: how many directions carry the variance", digits=2
     ),
@@ -51,6 +54,25 @@ METRICS = {
     "token_norm": Metric("Token norm", "Norm of a visual token", digits=2),
     "sink_tokens": Metric("Sink tokens", "Tokens with a norm above 10 × the layer's median", digits=2),
     "sink_channels": Metric("Sink channels", "Channels that dominate the norm", digits=2),
+    "fidelity": Metric(
+        "Fidelity", "R² of the vision encoder's output, predicted linearly from this layer, on other images"
+    ),
+    "fidelity_cosine": Metric("Fidelity, cosine", "Mean cosine of that prediction with the truth, both centred"),
+    "fidelity_input": Metric(
+        "Fidelity to layer 0", "R² of h[0], predicted linearly from this layer; a poorer h[0] is easier to predict"
+    ),
+    "fidelity_input_cosine": Metric("Fidelity to layer 0, cosine", "Mean cosine of that prediction with the truth"),
+    "fidelity_target_rank": Metric("Effective rank of what fidelity predicts", digits=1),
+    "cka": Metric("CKA with the encoder", "Debiased linear CKA of the images' mean tokens with the encoder's"),
+    "neighbour_agreement": Metric(
+        "Shared neighbours", "Share of an image's nearest images that are also nearest for the encoder", percent=True
+    ),
+    "silencing": Metric(
+        "Silencing",
+        "Visual tokens whose top word is among the layer's few most frequent, on other images",
+        percent=True,
+    ),
+    "lens_entropy": Metric("Lens entropy", "Entropy of the words that a visual token would say, 1 for evenly spread"),
     "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
     "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
     "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
@@ -68,12 +90,23 @@ SECTIONS = (
         ("probe_accuracy",),
     ),
     Section(
+        "fidelity",
+        "How much of the encoder's output is left",
+        "Fidelity",
+        "A linear map, trained on other images, predicts from a layer what the vision encoder had put out. The thin "
+        "lines are its controls: the target of another image at the same place, and the place alone. What lies above "
+        "them is left of this very picture.",
+        ("fidelity", "fidelity_input", "cka", "neighbour_agreement"),
+        ("fidelity_cosine", "fidelity_input_cosine"),
+        "Cosines of the predictions",
+    ),
+    Section(
         "structure",
         "Do objects stay apart",
         "Structure",
         "Cosines between patches, split by the masks. When coupling rises faster than cohesion, patches bleed "
         "into one another and the gap closes.",
-        ("gap", "cohesion", "coupling", "contrast"),
+        ("gap", "bleeding", "cohesion", "coupling", "contrast"),
     ),
     Section(
         "spectrum",
@@ -84,6 +117,14 @@ SECTIONS = (
         ("participation_ratio", "entropy_rank", "feature_correlation", "token_homogeneity"),
         ("components_90", "components_95", "components_99"),
         "Components for 90, 95 and 99 % of the variance",
+    ),
+    Section(
+        "lens",
+        "What the tokens would say",
+        "Lens",
+        "Each layer read as if it were the last. When most visual tokens say one of the same few words, whatever the "
+        "picture, they no longer say what they show.",
+        ("silencing", "lens_entropy"),
     ),
     Section(
         "sinks",
@@ -97,7 +138,9 @@ SECTIONS = (
 
 # The variant that a figure opens with and that the table and the verdict use, best first.
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
-CONTROL_VARIANTS = ("shuffled labels",)  # drawn as a thin line under the probe's own
+# Drawn as thin lines under the metric's own.
+CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
+NULL_VARIANTS = ("random weights",)  # alone, or after the variant that they are the null of: "raw, random weights"
 
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
@@ -106,6 +149,16 @@ GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
 def metric(name: str) -> Metric:
     """How to show `name`; a metric that is not known keeps its own name."""
     return METRICS.get(name) or Metric(name.replace("_", " "))
+
+
+def control_of(variant: str) -> str | None:
+    """The variant that a control belongs to; "" for any; None where it is no control."""
+    if variant in CONTROL_VARIANTS:
+        return ""
+    for null in NULL_VARIANTS:
+        if variant == null or variant.endswith(f", {null}"):
+            return variant.removesuffix(null).removesuffix(", ")
+    return None
 
 
 def preferred(variants: set[str]) -> str:

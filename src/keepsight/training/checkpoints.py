@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from keepsight.pre import Handle
+from keepsight.pre.handle import HEAD
 from keepsight.results import write_file
 from keepsight.training.sharding import is_sharded, load_whole_weights
 
@@ -48,13 +49,16 @@ def save_weights(
     save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
+def load_weights(model: torch.nn.Module, folder: Path, *, heads: bool = True) -> set[str]:
     """Read `save_weights`' file back; returns the names it holds.
+
+    Args:
+        heads: whether the model has PRe's heads; else theirs are left out.
 
     Raises:
         CheckpointError: if the model has no such parameter: the checkpoint is of another model or head.
     """
-    state = load_file(folder / WEIGHTS)
+    state = {name: t for name, t in load_file(folder / WEIGHTS).items() if heads or HEAD not in name.split(".")}
     if is_sharded(model):
         unknown = load_whole_weights(model, state)
     else:
@@ -70,16 +74,19 @@ def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
 class Checkpoints(TrainerCallback):
     """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, also: Callable[[], dict[str, Any]] = dict) -> None:
+        """`also` gives what else to remember, tensors and plain values; it is called in every process."""
         self.handle = handle
+        self.also = also
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        also = self.also()
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # every process has written its random state
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.handle.memory(), folder / MEMORY)
+        torch.save({**self.handle.memory(), **also}, folder / MEMORY)
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         write_file(folder / MARK, json.dumps({"step": state.global_step, "files": sizes}, indent=1))
         for other in folder.parent.glob("checkpoint-*"):
@@ -115,5 +122,5 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """What `Handle.memory` gave."""
+    """What `Handle.memory` gave, and what else was to be remembered."""
     return torch.load(folder / MEMORY, weights_only=True, map_location="cpu")

@@ -41,6 +41,36 @@ def projector_of(vlm: Vlm) -> nn.Module:
     )
 
 
+class ProjectorInput:
+    """What the projector is given at each forward: the vision encoder's output.
+
+    Attributes:
+        hook: on the projector; `hook.remove()` takes it off.
+
+    Raises:
+        ValueError: when the family's projector is not found.
+    """
+
+    def __init__(self, vlm: Vlm) -> None:
+        self._vlm = vlm
+        self._given: Tensor | None = None
+        self.hook = projector_of(vlm).register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
+        self._given = given.detach()
+
+    def on_tokens(self, tokens: ImageTokens, batch: dict[str, Any]) -> Tensor:
+        """``[T, d_v]``: the latest forward's, averaged over the patches of each visual token (`on_token_grid`).
+
+        Raises:
+            ValueError: when patches and tokens do not fit.
+        """
+        assert self._given is not None, "the projector did not run"
+        given, self._given = self._given, None
+        return on_token_grid(self._vlm, given, tokens, batch)
+
+
 def before_decoder(vlm: Vlm) -> Iterator[tuple[str, nn.Parameter]]:
     """The core's parameters between pixels and decoder (encoder, projector), by their names in the core."""
     decoder = {id(parameter) for parameter in vlm.decoder.parameters()}

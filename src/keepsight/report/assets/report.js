@@ -30,7 +30,7 @@
         continue;
       }
       if (line.role === "control") {
-        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, 0.6), width: 1, dash: "dot" }, customdata: line.text.map(plain), hovertemplate: "shuffled labels  %{customdata}<extra></extra>" });
+        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, 0.6), width: 1, dash: "dot" }, customdata: line.text.map(plain), hovertemplate: plain(line.name).replace(/%/g, "&#37;") + "  %{customdata}<extra></extra>" });
         continue;
       }
       for (const piece of pieces(line)) {

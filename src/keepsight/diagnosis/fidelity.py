@@ -1,0 +1,168 @@
+"""Fidelity: how much of what the vision encoder put out can still be read, linearly, from the tokens of a layer.
+
+Ours: the direct measure that the paper lacks. A ridge regression predicts a visual token's target from its state at
+layer l; it is trained, tuned and scored on different images. The primary target is the vision encoder's output, which
+is the same whatever happens above it; h[0] is secondary, because it can also be predicted well by becoming poorer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keepsight.diagnosis.accumulate import BLOCK, Accumulator
+from keepsight.diagnosis.baselines import partners, place_score, split_images
+from keepsight.diagnosis.ridge import TEST, TRAIN, UNUSED, VALIDATION, Fit, Score, fit_ridge
+from keepsight.diagnosis.spectrum import CovarianceSums, spectrum
+from keepsight.diagnosis.store import LayerStore
+from keepsight.results import Measurement
+from keepsight.results.intervals import mean_interval, ratio_interval
+
+OTHER, PLACE = "another image, same place", "position only"
+FEWEST = 5  # images that a split needs
+TARGETS = {"fidelity": "the vision encoder's output", "fidelity_input": "h[0]"}
+
+
+class Fidelity:
+    """Fidelity of every layer of a diagnosis, from its sample of tokens.
+
+    Args:
+        accumulator: after the main pass.
+        seed: of the split of the images.
+    """
+
+    def __init__(self, accumulator: Accumulator, seed: int) -> None:
+        self.accumulator = accumulator
+        self.seed = seed
+        self.image, _, self.place = accumulator.sample
+        images = accumulator.pooled.rows
+        self.part = split_images(images, seed)[self.image] if images >= FEWEST else np.full(len(self.image), UNUSED)
+        self.missing: dict[str, str] = {}
+        self.stores: dict[str, tuple[LayerStore, int]] = {}
+        if accumulator.encoder is None:
+            self.missing["fidelity"] = accumulator.no_encoder
+        else:
+            self.stores["fidelity"] = (accumulator.encoder, 0)
+        if 0 in accumulator.layers:
+            self.stores["fidelity_input"] = (accumulator.sampled, accumulator.layers.index(0))
+        else:
+            self.missing["fidelity_input"] = "layer 0 was not captured"
+        if {TRAIN, VALIDATION, TEST} - set(self.part):
+            why = f"{images} images are too few to train, tune and score on; at least {FEWEST} are needed"
+            self.missing, self.stores = dict.fromkeys(TARGETS, why), {}
+        self.partner = partners(self.part, self.place, self.image, seed)
+        self.by_place = {name: self._by_place(name, self.part) for name in self.stores}
+        self.ranks = {name: self._rank(name) for name in self.stores}
+
+    def general_rows(self) -> list[Measurement]:
+        """What is not of one layer: why a target is missing, and each target's effective rank."""
+        rows = [Measurement(name, None, seed=self.seed, note=why) for name, why in self.missing.items()]
+        for name, estimate in self.ranks.items():
+            n = self.accumulator.sampled.rows
+            more: dict[str, Any] = {"n": n, "unit": "tokens", "variant": TARGETS[name], "seed": self.seed}
+            rows.append(Measurement("fidelity_target_rank", **estimate.fields, **more, note=estimate.note))
+        return rows
+
+    def rows(self, position: int) -> list[Measurement]:
+        """Fidelity of the layer in this position, with and without its sinks."""
+        if not self.stores:
+            return []
+        found = self._measure(position, self.part, "all", self.by_place)
+        known = self.accumulator.calibration[self.accumulator.layers[position]]
+        heavy = np.concatenate(
+            [
+                (torch.linalg.vector_norm(x, dim=1) > known.threshold).cpu().numpy()
+                for _, x in self.accumulator.blocks(position)
+            ]
+        )
+        if not heavy.any() and not known.sink_channels:
+            return found + [_renamed(row) for row in found]
+        part = np.where(heavy, UNUSED, self.part)
+        if {TRAIN, VALIDATION, TEST} - set(part):
+            why = "too few tokens are no sinks"
+            base: dict[str, Any] = {"layer": self.accumulator.layers[position], "tokens": "without sinks"}
+            return found + [Measurement(name, None, seed=self.seed, note=why, **base) for name in self.stores]
+        by_place = {name: self._by_place(name, part) for name in self.stores} if heavy.any() else self.by_place
+        return found + self._measure(position, part, "without sinks", by_place)
+
+    def _measure(self, position: int, part: np.ndarray, tokens: str, by_place: dict[str, Score]) -> list[Measurement]:
+        layer = self.accumulator.layers[position]
+        channels = self.accumulator.calibration[layer].channels > 0
+
+        def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
+            for rows, x in self.accumulator.blocks(position):
+                kept = x if tokens == "all" else x[:, channels]
+                yield np.arange(rows.start, rows.stop), kept
+
+        readers: dict[tuple[str, str], Any] = {(name, ""): partial(self._read, name) for name in self.stores}
+        if "fidelity" in self.stores:
+            readers["fidelity", OTHER] = self._read_partner
+        wanted = {"|".join(key): read for key, read in readers.items()}
+        fit = fit_ridge(blocks, wanted, part, self.image, seed=self.seed)
+        rows: list[Measurement] = []
+        for name, variant in readers:
+            note = _note(fit, fit.scores[f"{name}|{variant}"])
+            if name == "fidelity_input" and self.ranks[name].value is not None:
+                note += f"; effective rank of h[0] {self.ranks[name].value:.1f}"
+            rows += self._score_rows(name, fit.scores[f"{name}|{variant}"], variant, layer, tokens, note)
+        for name, score in by_place.items():
+            note = f"mean of the training tokens at the same place, shrunk by {score.strength:g} tokens"
+            rows += self._score_rows(name, score, PLACE, layer, tokens, note)
+        return rows
+
+    def _score_rows(
+        self, name: str, score: Score, variant: str, layer: int, tokens: str, note: str
+    ) -> list[Measurement]:
+        lost = ratio_interval(score.error, score.spread)
+        common: dict[str, Any] = {"layer": layer, "variant": variant, "tokens": tokens, "seed": self.seed}
+        cosine = mean_interval(score.cosine)
+        n, defined = len(score.error), int((~np.isnan(score.cosine)).sum())
+        if lost.value is None:
+            first = Measurement(name, None, n=n, note="the target does not vary over the test tokens", **common)
+        else:
+            low, high = (None if end is None else 1 - end for end in (lost.high, lost.low))
+            said = "; ".join(filter(None, [lost.note, note]))
+            first = Measurement(name, 1 - lost.value, low=low, high=high, n=n, note=said, **common)
+        said = "; ".join(filter(None, [cosine.note, note]))
+        return [first, Measurement(f"{name}_cosine", **cosine.fields, n=defined, note=said, **common)]
+
+    def _read(self, name: str, rows: np.ndarray) -> Tensor:
+        store, position = self.stores[name]
+        device = next(iter(self.accumulator.calibration.values())).mean.device
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+            return torch.from_numpy(store.read(position, int(rows[0]), int(rows[-1]) + 1)).to(device)
+        return torch.from_numpy(store.gather(position, rows)).to(device)
+
+    def _read_partner(self, rows: np.ndarray) -> Tensor:
+        return self._read("fidelity", self.partner[rows])
+
+    def _by_place(self, name: str, part: np.ndarray) -> Score:
+        return place_score(lambda rows: self._read(name, rows), part, self.place, self.image)
+
+    def _rank(self, name: str) -> Any:
+        store, position = self.stores[name]
+        group = torch.from_numpy(self.accumulator.sample[1])
+        shift = torch.from_numpy(store.read(position, 0, BLOCK)).mean(dim=0)
+        sums = CovarianceSums(store.width, shift=shift)
+        for start in range(0, store.rows, BLOCK):
+            x = torch.from_numpy(store.read(position, start, start + BLOCK))
+            for g in group[start : start + BLOCK].unique().tolist():
+                sums.update(x[group[start : start + BLOCK] == g], g)
+        return spectrum(sums)["entropy_rank", "covariance"]
+
+
+def _note(fit: Fit, score: Score) -> str:
+    parts = [f"{fit.train} tokens trained on, {fit.test} scored", f"ridge {score.strength:g} of the mean variance"]
+    if fit.constant or score.constant:
+        parts.append(f"constant channels left out: {fit.constant} of the layer, {score.constant} of the target")
+    return "; ".join(parts)
+
+
+def _renamed(row: Measurement) -> Measurement:
+    return replace(row, tokens="without sinks")

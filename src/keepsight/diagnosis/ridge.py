@@ -1,0 +1,204 @@
+"""Ridge regressions of several targets on the same features, from sums over tokens that are read in blocks.
+
+Features and targets are standardised by the training tokens; channels that do not vary there are left out. Arithmetic
+is float64. Strengths are relative: with X standardised, tr(XᵀX)/d is the number n of training tokens, and λ = α·n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STRENGTHS = tuple(10.0**k for k in range(-7, 3))  # α; λ = α · tr(XᵀX)/d
+CHOOSING = 64  # directions of a target that α is chosen on
+TRAIN, VALIDATION, TEST, UNUSED = range(4)
+
+Blocks = Callable[[], Iterable[tuple[np.ndarray, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """mean, factor: [d]; factor is 1/deviation, 0 for a constant channel."""
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, count: float, first: Tensor, squares: Tensor, shift: Tensor) -> Scale:
+        """From the number of tokens, and of the shifted tokens the sum [d] and the sum of squares [d]."""
+        mean = first / count
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        # A deviation at the level of float32 rounding is a constant channel, not information.
+        constant = deviation <= 1e-6 * (mean + shift).abs() + 1e-30
+        return cls(mean + shift, torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.double() - self.mean) * self.factor
+
+    @property
+    def constant(self) -> int:
+        """Channels left out."""
+        return int((self.factor == 0).sum())
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one target was predicted on the test tokens.
+
+    strength: α; error, spread: [n_images] sums of squared errors and of squared deviations from the training mean, over
+    each image's test tokens; cosine: [n_images] mean cosine of prediction and target; zero tokens give NaN;
+    constant: the target's channels left out.
+    """
+
+    strength: float
+    error: np.ndarray
+    spread: np.ndarray
+    cosine: np.ndarray
+    constant: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """scores: of each target; train, test: tokens; constant: features left out."""
+
+    scores: dict[str, Score]
+    train: int
+    test: int
+    constant: int
+
+
+def fit_ridge(
+    blocks: Blocks,
+    targets: Mapping[str, Callable[[np.ndarray], Tensor]],
+    part: np.ndarray,
+    image: np.ndarray,
+    *,
+    seed: int = 0,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Fit:
+    """One ridge regression a target: trained on the training tokens, α by validation, scored once on the test tokens.
+
+    Args:
+        blocks: gives all tokens each time it is called, as (their numbers, features [rows, d]).
+        targets: for each, a function from tokens' numbers to [rows, m].
+        part: [n], TRAIN, VALIDATION, TEST or UNUSED of each token; image: [n], the image of each.
+        seed: of the directions that α is chosen on, where a target has more than `CHOOSING` channels.
+        strengths: values of α. Objective: ‖Y − XW‖² + α·n·‖W‖², n training tokens, both standardised.
+
+    Raises:
+        ValueError: a part is empty.
+    """
+    sums = Sums()
+    for rows, x in _only(blocks, part, TRAIN):
+        sums.add(x, {name: read(rows) for name, read in targets.items()})
+    if not sums.count or not (part == VALIDATION).any() or not (part == TEST).any():
+        raise ValueError("ridge regression needs training, validation and test tokens; one of the parts is empty")
+    scale, scales = sums.scales()
+    values, vectors = torch.linalg.eigh(sums.correlation(scale))
+    projected = {name: vectors.T @ sums.products(name, scale, scales[name]) for name in targets}  # [d, m]
+    alphas = torch.tensor(list(strengths), dtype=torch.float64, device=values.device)
+    shrink = 1 / (values.clamp(min=0) + alphas[:, None])  # [A, d]
+
+    directions = {name: _directions(weights, seed) for name, weights in projected.items()}
+    errors = {name: torch.zeros(len(alphas), dtype=torch.float64) for name in targets}
+    for rows, x in _only(blocks, part, VALIDATION):
+        z = scale(x) @ vectors
+        for name, read in targets.items():
+            y, weights = scales[name](read(rows)) @ directions[name], projected[name] @ directions[name]
+            for a in range(len(alphas)):
+                errors[name][a] += float((y - (z * shrink[a]) @ weights).square().sum())
+    # Of equally good strengths, the strongest: the simpler map.
+    chosen = {name: len(alphas) - 1 - int(error.flip(0).argmin()) for name, error in errors.items()}
+    maps = {name: vectors @ (shrink[chosen[name]][:, None] * projected[name]) for name in targets}
+
+    images = int(image.max()) + 1
+    tables = {name: np.zeros((4, images)) for name in targets}
+    for rows, x in _only(blocks, part, TEST):
+        z, owner = scale(x), image[rows]
+        for name, read in targets.items():
+            tables[name] += per_image(z @ maps[name], scales[name](read(rows)), owner, images)
+    tested = np.unique(image[part == TEST])
+    scores = {
+        name: score_of(float(alphas[chosen[name]]), table[:, tested], scales[name].constant)
+        for name, table in tables.items()
+    }
+    return Fit(scores, int(sums.count), int((part == TEST).sum()), scale.constant)
+
+
+def per_image(prediction: Tensor, truth: Tensor, owner: np.ndarray, images: int) -> np.ndarray:
+    """[4, images] sums over tokens: squared error, squared truth, cosine, and the number of cosines."""
+    length = torch.linalg.vector_norm(prediction, dim=1) * torch.linalg.vector_norm(truth, dim=1)
+    cosine = (prediction * truth).sum(dim=1) / length  # NaN for a zero vector
+    defined = length > 0
+    columns = [
+        (prediction - truth).square().sum(dim=1),
+        truth.square().sum(dim=1),
+        torch.where(defined, cosine, 0.0),
+        defined.double(),
+    ]
+    return np.stack([np.bincount(owner, column.cpu().numpy(), minlength=images) for column in columns])
+
+
+def score_of(strength: float, table: np.ndarray, constant: int) -> Score:
+    """From the sums of `per_image`."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Score(strength, table[0], table[1], table[2] / table[3], constant)
+
+
+class Sums:
+    """Sums over training tokens, of tokens shifted by the first block's mean so that float64 loses nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.shifts: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}
+        self.second: dict[str, Tensor] = {}  # "": XᵀX; a target's name: XᵀY
+        self.squares: dict[str, Tensor] = {}  # of each target
+
+    def add(self, x: Tensor, targets: dict[str, Tensor]) -> None:
+        centred = {name: self._shifted(name, value) for name, value in {"": x, **targets}.items()}
+        z = centred[""]
+        self.count += len(z)
+        for name, value in centred.items():
+            self.first[name] = self.first.get(name, 0) + value.sum(dim=0)
+            self.second[name] = self.second.get(name, 0) + z.T @ value
+            if name:
+                self.squares[name] = self.squares.get(name, 0) + value.square().sum(dim=0)
+
+    def _shifted(self, name: str, value: Tensor) -> Tensor:
+        value = value.double()
+        return value - self.shifts.setdefault(name, value.mean(dim=0))
+
+    def scales(self) -> tuple[Scale, dict[str, Scale]]:
+        squares = {"": self.second[""].diagonal(), **self.squares}
+        found = {name: Scale.of(self.count, self.first[name], squares[name], self.shifts[name]) for name in squares}
+        return found.pop(""), found
+
+    def correlation(self, scale: Scale) -> Tensor:
+        return self.products("", scale, scale)
+
+    def products(self, name: str, left: Scale, right: Scale) -> Tensor:
+        """Of standardised features and targets, the mean product [d, m]."""
+        means = self.first[""] / self.count, self.first[name] / self.count
+        covariance = self.second[name] / self.count - means[0][:, None] * means[1]
+        return left.factor[:, None] * covariance * right.factor
+
+
+def _only(blocks: Blocks, part: np.ndarray, wanted: int) -> Iterable[tuple[np.ndarray, Tensor]]:
+    for rows, x in blocks():
+        chosen = part[rows] == wanted
+        if chosen.any():
+            yield rows[chosen], x[torch.from_numpy(chosen).to(x.device)]
+
+
+def _directions(weights: Tensor, seed: int) -> Tensor:
+    """[m, CHOOSING] orthonormal, or the identity where there are no more channels."""
+    m = weights.shape[1]
+    if m <= CHOOSING:
+        return torch.eye(m, dtype=weights.dtype, device=weights.device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(m, CHOOSING, generator=generator, dtype=torch.float64))[0].to(weights)

@@ -1,0 +1,86 @@
+"""Which groups of numbers a diagnosis takes, and all their rows from what the forward pass left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from keepsight.diagnosis.accumulate import Accumulator
+from keepsight.diagnosis.batches import Loader
+from keepsight.diagnosis.fidelity import Fidelity
+from keepsight.diagnosis.lens import Lens, NoLensError, Readout, readout
+from keepsight.diagnosis.passes import on_device
+from keepsight.diagnosis.progress import tracked
+from keepsight.diagnosis.similarity import Similarity
+from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.vlm import Vlm
+
+METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps")
+DEFAULT_METRICS = METRICS
+STRUCTURE = ("cohesion", "coupling", "gap", "contrast")
+
+
+def wanted_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
+    """The groups asked for, in their order.
+
+    Raises:
+        ValueError: a group that does not exist.
+    """
+    given = [metrics] if isinstance(metrics, str) else list(metrics)
+    if unknown := [name for name in given if name not in METRICS]:
+        raise ValueError(f"metrics holds {unknown[0]!r}; allowed: {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in given)
+
+
+def all_rows(
+    vlm: Vlm,
+    loader: Loader,
+    accumulator: Accumulator,
+    wanted: Collection[str],
+    labels: Mapping[str, Sequence[str | None]],
+    done: Sequence[int],
+    middle: int,
+    per_image: PerImageBuilder,
+    *,
+    seed: int,
+    has_masks: bool,
+    unlabelled: str = "",
+    progress: bool = False,
+) -> list[Measurement]:
+    """Every row of the groups in `wanted`; the other arguments are as in `target_rows` and `missing_structure`."""
+    rows: list[Measurement] = []
+    if "probes" in wanted:
+        rows += target_rows(
+            accumulator, labels, done, middle, per_image, seed=seed, progress=progress, unlabelled=unlabelled
+        )
+    unwanted = () if "structure" in wanted else STRUCTURE
+    rows += [row for row in image_rows(accumulator, per_image, seed=seed) if row.metric not in unwanted]
+    for group, metric in (("structure", "gap"), ("bleeding", "bleeding")):
+        if group in wanted:
+            rows += missing_structure(accumulator, has_masks, loader.mask_values, metric=metric, seed=seed)
+    positions = range(len(accumulator.layers))
+    if "spectrum" in wanted:
+        for position in tracked(positions, "spectrum", progress):
+            rows += spectrum_rows(accumulator, position, seed=seed)
+    if "fidelity" in wanted:
+        fidelity = Fidelity(accumulator, seed)
+        similarity = Similarity(accumulator, seed)
+        rows += fidelity.general_rows()
+        for position in tracked(positions, "fidelity", progress):
+            rows += fidelity.rows(position) + similarity.rows(position)
+    if "lens" in wanted:
+        lens = Lens(accumulator, _readout(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed)
+        for position in tracked(positions, "lens", progress):
+            rows += lens.rows(position)
+    return rows
+
+
+def _readout(vlm: Vlm, loader: Loader) -> Readout | str:
+    """The lens, or the reason why there is none; one picture is looked at."""
+    one = replace(loader, batch_size=1)
+    decoded = next(one.batches(range(len(one.pictures)), masks=False))
+    try:
+        return readout(vlm, on_device(vlm, decoded))
+    except NoLensError as error:
+        return str(error)
