@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from keepsight.commands.train import parse
 from keepsight.training.arguments import training_arguments
-from keepsight.training.recipe import read_curves
+from keepsight.training.record import read_curves
 from tests.training.test_processes import run
 from tests.training.test_resume import recipe
 
