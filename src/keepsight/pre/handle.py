@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -11,12 +10,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
+from keepsight.pre import steps
 from keepsight.pre.config import PReConfig
 from keepsight.pre.forward import ForwardPass
 from keepsight.pre.head import PredictionHead, Predictors
+from keepsight.pre.layers import resolve_layers
 from keepsight.pre.life import DeadLossError, assert_alive
 from keepsight.pre.sight import Seen, Sight
 from keepsight.vlm.view import Vlm, unwrap
@@ -46,7 +46,7 @@ class Handle(TrainerCallback):
         self.vlm = Vlm(model)
         self.config = config
         self.inject = inject
-        self.layers, shares = _resolve(self.vlm, config)
+        self.layers, shares = resolve_layers(self.vlm, config)
         self.layer = self.layers[-1]
         core = self.vlm.core
         if getattr(core, _HANDLE, None) is not None:
@@ -68,7 +68,7 @@ class Handle(TrainerCallback):
         self._alive = not config.active
         predictors.register_load_state_dict_post_hook(self._restore_steps)
         self._hooks = self._forward.hook(self._find_predictors)
-        _LIVE.add(self)
+        steps.watch(self)
 
     # ---- what a training loop reads --------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Handle(TrainerCallback):
 
     def detach(self) -> None:
         """Take hooks and head off: the model is as before `attach`, save for what it learned."""
-        _LIVE.discard(self)
+        steps.forget(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -296,7 +296,7 @@ class Handle(TrainerCallback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _LIVE.add(self)
+        steps.watch(self)
 
     def __enter__(self) -> Handle:
         return self
@@ -304,7 +304,7 @@ class Handle(TrainerCallback):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _stepped(self) -> None:
+    def stepped(self) -> None:
         """An optimizer that holds the head has taken a step."""
         predictors = self.predictors
         self._forward.stepped()
@@ -312,37 +312,6 @@ class Handle(TrainerCallback):
         predictors.commit_statistics()
         if predictors.teacher is not None:
             predictors.teacher.update(self.vlm)
-
-
-_LIVE: weakref.WeakSet[Handle] = weakref.WeakSet()
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Whoever's training loop it is: the end of an optimizer step is where running averages move."""
-    for handle in list(_LIVE):
-        if not handle.config.active:
-            continue
-        own = {id(parameter) for parameter in handle.parameters()}
-        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            handle._stepped()
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-def _resolve(vlm: Vlm, config: PReConfig) -> tuple[list[int], list[float]]:
-    """Layer indices, rising, and their shares of the loss."""
-    found = [vlm.resolve_layer(layer) for layer in config.layers]
-    if 0 in found:
-        raise ValueError(
-            "layer is 0, the decoder's input, which is the anchor itself: choose a layer from 1 to "
-            f"{vlm.depth}, 'middle' or 'last'."
-        )
-    if len(set(found)) < len(found):
-        raise ValueError(f"layer {list(config.layers)} names a layer twice (indices {found}); name each once.")
-    weights = config.layer_weights or (1.0,) * len(found)
-    pairs = sorted(zip(found, weights, strict=True))
-    return [layer for layer, _ in pairs], [weight / sum(weights) for _, weight in pairs]
 
 
 def attach(model: nn.Module, config: PReConfig | None = None, *, inject: bool = False) -> Handle:
