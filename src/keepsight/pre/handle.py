@@ -8,16 +8,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from keepsight.pre import steps
 from keepsight.pre.config import PReConfig
 from keepsight.pre.forward import ForwardPass
 from keepsight.pre.head import PredictionHead, Predictors
 from keepsight.pre.layers import resolve_layers
-from keepsight.pre.life import DeadLossError, assert_alive
+from keepsight.pre.life import ProofOfLife
 from keepsight.pre.sight import Seen, Sight
 from keepsight.vlm.view import Vlm, unwrap
 
@@ -25,7 +23,7 @@ HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names
 _HANDLE = "_keepsight_handle"
 
 
-class Handle(TrainerCallback):
+class Handle(ProofOfLife):
     """Predictive Regularization at work on one model; made by `attach`.
 
     After every training forward, `loss` is ``λ · L_PRe`` of that forward, in the autograd graph. Under ``eval()``,
@@ -56,7 +54,7 @@ class Handle(TrainerCallback):
             )
         self.images_in_step: int | None = None
         self.accumulation = 1
-        self._forward = ForwardPass(
+        self._forward: ForwardPass = ForwardPass(
             self.vlm, config, self.layers, shares, inject=inject, coefficient=self._injected_coefficient
         )
         predictors = Predictors(self._forward.widths, self._forward.targets, self.vlm.width, config)
@@ -221,65 +219,6 @@ class Handle(TrainerCallback):
         changed = copy.copy(config)
         changed.modules_to_save = [*(config.modules_to_save or []), HEAD]
         return changed
-
-    # ---- proof of life ---------------------------------------------------------------------------------------------
-
-    def assert_alive(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check, after the backwards and before the optimizer step, that the predictive loss trains something.
-
-        It looks at the latest forward of the step that had pictures.
-
-        Raises:
-            DeadLossError: see `keepsight.pre.life.assert_alive`.
-        """
-        if not self.config.active:
-            return
-        assert_alive(
-            self._forward.life or self.seen,
-            self.predictors.heads.values(),
-            optimizer,
-            layers=self.layers,
-            image_token_id=self.vlm.image_token_id,
-            observe=self.config.observe,
-        )
-        self._alive = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: another training has another optimizer, so life must be proven again."""
-        self._alive = not self.config.active
-        self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
-        if self.inject and getattr(args, "fp16", False):
-            raise ValueError(
-                "inject=True with fp16=True: the injected gradient would not follow fp16's loss scaling. Train in "
-                "bf16 or float32, or use PReTrainerMixin."
-            )
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
-        if not self._alive and self._forward.life is not None:
-            self.assert_alive(kwargs["optimizer"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: a whole run without one picture is no run with PRe."""
-        if not self._alive_anywhere():
-            raise DeadLossError(
-                "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
-                "data, or set weight=0."
-            )
-        external = self._forward.source.external
-        if external is not None and not external.unchanged():
-            raise DeadLossError(
-                f"the weights of the external anchor {external.name!r} changed during training, so its targets did "
-                "too: something trains or re-initialises it."
-            )
-
-    def _alive_anywhere(self) -> bool:
-        """Whether any process proved life: one may never have had a picture."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self._alive
-        alive = torch.tensor(int(self._alive), device=self.predictors.steps.device)
-        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
-        return bool(alive)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
