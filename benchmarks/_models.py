@@ -27,6 +27,7 @@ SHAPES = {
             "num_attention_heads": 9,
             "num_key_value_heads": 3,
             "intermediate_size": 1536,
+            "vocab_size": 49152,
         },
         "vision": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768},
         "picture": (112, 14),
@@ -39,7 +40,7 @@ def build(shape: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     size = SHAPES[shape]
     side, patch = size["picture"]
     tokenizer = load_tokenizer()
-    language = LlamaConfig(**size["language"], vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    language = LlamaConfig(**{"vocab_size": len(tokenizer), **size["language"]}, pad_token_id=tokenizer.pad_token_id)
     vision = CLIPVisionConfig(**size["vision"], image_size=side, patch_size=patch)
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True

@@ -15,6 +15,7 @@ from keepsight import __version__
 COMMANDS = {
     "demo": "train the tiny testbed model without and with PRe, diagnose both, write one report (minutes, offline)",
     "diagnose": "measure what is left of pictures at every layer of a model; rows, report and configuration",
+    "evaluate": "ask a model questions about pictures and score its answers, with intervals; goes on after a kill",
     "compare": "put runs side by side: differences in pairs, one report, an exit status for pipelines",
     "train": "train a model in LLaVA's two stages from a recipe, with PRe or without",
     "export": "write what a training run trained as a plain transformers checkpoint (or adapter) with a model card",

@@ -24,6 +24,7 @@ from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.features import ProjectorInput
 from tests import tiny, tiny_processors
+from tests.diagnosis.test_bleeding import naive as naive_bleeding
 from tests.diagnosis.world import states_alone
 from tests.families import idefics2, llava_next
 
@@ -161,7 +162,9 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
             super().__init__(accumulator, seed)
 
     monkeypatch.setattr("keepsight.diagnosis.rows.Similarity", Spy)
-    hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(kwargs) if "input_ids" in kwargs else None, with_kwargs=True
+    )
     result = diagnose(
         model,
         processor,
@@ -283,6 +286,25 @@ def test_encoder_output_of_a_batch_is_that_of_each_picture_alone(case: Case) -> 
     assert {(name, layer) for name in ("fidelity", "fidelity_input") for layer in range(5)} <= layers
 
 
+def test_similarity_maps(case: Case) -> None:
+    shown = {example.name: example for example in case.result.examples}
+    assert len(shown) == 6
+    for index, (image, _) in enumerate(case.pictures):
+        if f"picture {index}" not in shown:
+            continue
+        found = shown[f"picture {index}"].map
+        assert found is not None
+        for layer in range(5):
+            unit = torch.nn.functional.normalize(case.states[index][layer], dim=1)
+            expected = (unit @ unit.T).numpy()
+            again = np.stack([found.similarity(layer, token) for token in range(len(expected))])
+            assert np.abs(again - expected).max() <= found.worst[layer] + 1e-4
+            assert found.error[layer] < 0.1
+        boxes = np.array([box for box, _ in case.family.laid_out(*image.size)])
+        middles = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.array(image.size)
+        np.testing.assert_allclose(found.centres, middles, atol=0.06)
+
+
 def test_norms(case: Case) -> None:
     found = {r.layer: r.value for r in case.result.rows if (r.metric, r.tokens) == ("token_norm", "all")}
     for layer in range(5):
@@ -293,6 +315,21 @@ def test_norms(case: Case) -> None:
 def test_structure_equals_the_pairwise_definition(case: Case) -> None:
     assert {r.value for r in case.result.rows if r.metric == "sink_tokens"} == {0.0}
     compare(case)
+
+
+def test_bleeding_equals_the_definition(case: Case) -> None:
+    rows = {(r.layer, r.tokens): r for r in case.result.rows if (r.metric, r.variant) == ("bleeding", "raw")}
+    for scope in SCOPES:
+        per_image = []
+        for (image, mask), states in zip(case.pictures, case.states, strict=True):
+            kept = scopes_of(case.family, image, states)[scope]
+            inside = members(case.family, image, mask, split=False)[:, kept]
+            found = np.array(naive_bleeding(states[2][kept], inside)) if kept.any() else np.array([])
+            per_image += [found[~np.isnan(found)].mean()] if (~np.isnan(found)).any() else []
+        assert ((2, scope) in rows) == bool(per_image)
+        if per_image:
+            assert rows[2, scope].value == pytest.approx(np.mean(per_image), abs=1e-5)
+            assert rows[2, scope].n == len(per_image)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,5 +1,7 @@
 """Fidelity against scikit-learn's Ridge and planted answers; CKA and neighbours against their definitions."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from sklearn.linear_model import Ridge
 
 from keepsight.diagnosis.baselines import partners, place_score, split_images
 from keepsight.diagnosis.ridge import TEST, TRAIN, UNUSED, VALIDATION, fit_ridge
-from keepsight.diagnosis.similarity import debiased_cka, gram, neighbour_agreement
+from keepsight.diagnosis.similarity import Gram, agreement, debiased_cka, hsic
 from keepsight.results.intervals import ratio_interval
 
 
@@ -132,31 +134,38 @@ def test_split_is_by_image_in_the_stated_shares():
     assert [int((split_images(5, 3) == one).sum()) for one in (TRAIN, VALIDATION, TEST)] == [3, 1, 1]
 
 
+def cka(x, y):
+    return float(debiased_cka(Gram.of(x), Gram.of(y))[0])
+
+
 def test_cka_is_zero_for_unrelated_and_one_for_rotated():
     torch.manual_seed(0)
     x = torch.randn(40, 300)
-    assert debiased_cka(gram(x), gram(3 * x @ torch.linalg.qr(torch.randn(300, 300))[0] + 5)) == pytest.approx(1.0)
-    found = [debiased_cka(gram(torch.randn(40, 300)), gram(torch.randn(40, 200))) for _ in range(40)]
+    assert cka(x, 3 * x @ torch.linalg.qr(torch.randn(300, 300))[0] + 5) == pytest.approx(1.0)
+    found = [cka(torch.randn(40, 300), torch.randn(40, 200)) for _ in range(40)]
     assert np.mean(found) == pytest.approx(0.0, abs=4 * np.std(found) / np.sqrt(40))
     assert abs(np.mean(found)) < 0.02  # the biased one is above 0.8 at these widths
 
 
-def test_hsic_is_the_sum_over_distinct_quadruples():
-    """Song et al.: the mean over distinct (i, j, q, r) of K_ij (L_ij + L_qr − 2 L_iq)."""
-    from itertools import permutations
-
-    from keepsight.diagnosis.similarity import hsic
-
+def test_hsic_is_the_mean_over_distinct_quadruples():
+    """Song et al.: of K_ij (L_ij + L_qr − 2 L_iq); of all images, then without each group."""
     torch.manual_seed(1)
-    k, l = gram(torch.randn(6, 3)), gram(torch.randn(6, 2))  # noqa: E741
-    terms = [k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q]) for i, j, q, r in permutations(range(6), 4)]
-    assert float(hsic(k, l)) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-9)
+    group = np.array([0, 1, 1, 0, 2, 2])
+    k, l = Gram.of(torch.randn(6, 3), group), Gram.of(torch.randn(6, 2), group)  # noqa: E741
+    found = hsic(k, l).tolist()
+    for value, left in zip(found, (None, 0, 1, 2), strict=True):
+        kept = [i for i in range(6) if left is None or group[i] != left]
+        terms = [
+            k.products[i, j] * (l.products[i, j] + l.products[q, r] - 2 * l.products[i, q])
+            for i, j, q, r in permutations(kept, 4)
+        ]
+        assert value == pytest.approx(float(torch.stack(terms).mean()), rel=1e-9)
 
 
 def test_neighbours_agree_by_definition():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 8, generator=generator), torch.randn(50, 5, generator=generator)
-    found = neighbour_agreement(x, y, 4)
+    found = agreement(Gram.of(x).neighbours(4), Gram.of(y).neighbours(4))
 
     def nearest(table, i):
         centred = (table - table.mean(dim=0)).numpy()
@@ -167,4 +176,4 @@ def test_neighbours_agree_by_definition():
         return set(np.argsort(cosines)[-4:])
 
     assert found.tolist() == [len(nearest(x, i) & nearest(y, i)) / 4 for i in range(50)]
-    assert neighbour_agreement(x, 2 * x + 1, 4).min() == 1.0
+    assert agreement(Gram.of(x).neighbours(4), Gram.of(2 * x + 1).neighbours(4)).min() == 1.0

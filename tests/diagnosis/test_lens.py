@@ -121,5 +121,5 @@ def test_a_head_that_always_says_the_same_is_silent(world):
     assert rows["lens_entropy", 3].value < 0.01
     assert rows["lens_entropy", 0].value > 0.8
     word = processor.tokenizer.decode([42])
-    assert rows["silencing", 3].note == f"512 tokens; 1 of 100 listed, most frequent: {word!r} 100 %"
+    assert rows["silencing", 3].note == f"256 tokens; 1 of 100 listed, most frequent: {word!r} 100 %"
     assert rows["silencing", 3].n == 6

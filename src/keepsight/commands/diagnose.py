@@ -26,6 +26,9 @@ class DiagnoseConfig:
         batch_size: pictures at once.
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
+        metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
+            fidelity, lens, maps.
+        nulls: null models to measure as well: "none", or random_weights (takes as long again).
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -44,6 +47,8 @@ class DiagnoseConfig:
     seed: int = 0
     skip_broken: bool = False
     split_components: bool = False
+    metrics: str = "all"
+    nulls: str = "none"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -87,19 +92,23 @@ def main(arguments: Sequence[str]) -> None:
 
     # A folder that cannot take the run is refused before the work, not after it.
     RunDirectory.check(config.out, kind="diagnosis", overwrite=config.overwrite)
-    from keepsight.commands.console import console, quiet
+    from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
-    from keepsight.diagnosis import diagnose
+    from keepsight.diagnosis import METRICS, diagnose
+    from keepsight.diagnosis.nulls import wanted_nulls
+    from keepsight.diagnosis.rows import wanted_metrics
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
 
-    device = _device(config.device)
+    metrics = wanted_metrics(METRICS if config.metrics == "all" else _listed(config.metrics))
+    nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
+    device = device_named(config.device)
     images = _images(config.images)
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
-    trained = _training_run(Path(model_folder(config.model)))
+    trained = training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
         model,
@@ -112,6 +121,8 @@ def main(arguments: Sequence[str]) -> None:
         seed=config.seed,
         skip_broken=config.skip_broken,
         split_components=config.split_components,
+        metrics=metrics,
+        nulls=nulls,
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )
@@ -155,21 +166,9 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
     return {target: [labels.get(name) for name in names] for target, labels in sets.items()}
 
 
-def _device(name: str) -> str:
-    """The device to compute on, refused before the model is loaded if it cannot be used."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name).cpu()
-    except (RuntimeError, AssertionError, ImportError) as cause:  # which of them, depends on the back-end
-        reason = str(cause).strip().split("\n")[0].rstrip(".")
-        raise ValueError(
-            f"device is {name!r}, which cannot be used here ({reason}); allowed: 'auto', 'cpu', or a device of this "
-            "machine such as 'cuda' or 'cuda:1'."
-        ) from cause
-    return name
+def _listed(text: str) -> list[str]:
+    """ "a, b" → ["a", "b"]"""
+    return [name.strip() for name in text.split(",")]
 
 
 def _images(path: str) -> Any:
@@ -191,17 +190,3 @@ def _images(path: str) -> Any:
             f"--images {folder / (names or ['train'])[0]}"
         )
     return load_from_disk(str(folder / names[0]))
-
-
-def _training_run(model: Path) -> dict[str, Any]:
-    """Label, PRe layer and seed of the training run whose `model` this is; empty if it is no run's."""
-    from keepsight.results import RunDirectory
-
-    try:
-        run = RunDirectory.open(model.parent)
-    except (OSError, ValueError):  # the model is what was asked for; what lies beside it need not be keepsight's
-        return {}
-    layer = run.info.get("pre_layer")
-    if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
-        return {}
-    return {"label": run.label, "pre_layer": layer, "training_seed": run.info.get("seed")}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.bleeding import bleeding
 from keepsight.diagnosis.calibrate import LayerCalibration
 from keepsight.diagnosis.spectrum import CovarianceSums
 from keepsight.diagnosis.store import LayerStore
@@ -25,6 +26,8 @@ VALUES = (
     "coupling/raw",
     "cohesion/centred",
     "coupling/centred",
+    "bleeding/raw",
+    "bleeding/centred",
 )
 COLUMNS = (*(f"{scope}|{value}" for scope in SCOPES for value in VALUES), "sink_tokens")
 
@@ -35,7 +38,7 @@ class Batch:
 
     image: [T]; thumbnail: bool [T]; objects: bool [K, T]; owner: [K], image of each object;
     sample: [t] token indices of the seeded sample; group: [B], each image's jackknife group; place: [T], a number for
-    each tile, row and column, the same in every image.
+    each tile, row and column, the same in every image; counted: bool [B], the images whose neighbours are counted.
     """
 
     image: Tensor
@@ -46,10 +49,11 @@ class Batch:
     sample: Tensor
     group: Tensor
     place: Tensor
+    counted: Tensor
     scopes: dict[str, Groups] = field(init=False)
 
     def __post_init__(self) -> None:
-        everything = Groups.build(self.image, self.n_images, self.objects, self.owner)
+        everything = Groups.build(self.image, self.n_images, self.objects, self.owner, self.counted)
         self.scopes = {"all": everything}
         if bool(self.thumbnail.any()):
             # Pictures in one piece are in neither: both numbers are of the same pictures, whatever the batch.
@@ -61,7 +65,8 @@ class Batch:
         """The same batch with its tensors on `device`."""
         image, thumbnail, objects = self.image.to(device), self.thumbnail.to(device), self.objects.to(device)
         owner, sample, group = self.owner.to(device), self.sample.to(device), self.group.to(device)
-        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, self.place.to(device))
+        place, counted = self.place.to(device), self.counted.to(device)
+        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, place, counted)
 
 
 class Accumulator:
@@ -71,6 +76,7 @@ class Accumulator:
         layers: the captured layers, rising.
         folder: where the rows go.
         exact: whether the sample holds every token; only said in the rows.
+        bleeding: whether to count neighbours as well.
 
     Attributes:
         encoder, encoder_pooled: the vision encoder's output at the sampled tokens, and its mean over each image; None
@@ -78,12 +84,19 @@ class Accumulator:
     """
 
     def __init__(
-        self, layers: Sequence[int], width: int, calibration: dict[int, LayerCalibration], folder: Path, exact: bool
+        self,
+        layers: Sequence[int],
+        width: int,
+        calibration: dict[int, LayerCalibration],
+        folder: Path,
+        exact: bool = False,
+        bleeding: bool = True,
     ) -> None:
         self.layers = list(layers)
         self.width = width
         self.calibration = calibration
         self.exact = exact
+        self.bleeding = bleeding
         self.pooled = LayerStore(folder / "pooled", len(layers), width)
         self.values = LayerStore(folder / "values", len(layers), len(COLUMNS))
         self.sampled = LayerStore(folder / "sampled", len(layers), width)
@@ -109,19 +122,18 @@ class Accumulator:
         self._taken["pooled"].append(everything.token_mean(x))
 
         raw = structure(x, everything)
-        blocks = {"all": _block(everything, raw, structure(x, everything, centre=known.mean))}
+        blocks = {"all": self._block(x, everything, raw, known.mean)}
         sinks = raw.norms > known.threshold
         any_sinks = bool(sinks.any())
         if known.has_sinks or any_sinks:
-            kept = everything.keep(~sinks)
+            kept = everything.keep(~sinks) if any_sinks else everything
             bare = structure(x, kept, channels=known.channels)
-            centred = structure(x, kept, centre=known.mean_without_sinks, channels=known.channels)
-            blocks["without sinks"] = _block(kept, bare, centred)
+            blocks["without sinks"] = self._block(x, kept, bare, known.mean_without_sinks, known.channels)
         else:
             blocks["without sinks"] = blocks["all"]
         for scope, groups in batch.scopes.items():
             if scope != "all":
-                blocks[scope] = _block(groups, structure(x, groups), structure(x, groups, centre=known.mean))
+                blocks[scope] = self._block(x, groups, structure(x, groups), known.mean)
         absent = x.new_full((batch.n_images, len(VALUES)), float("nan"))
         count = x.new_zeros(batch.n_images, 1)
         if any_sinks:
@@ -131,6 +143,18 @@ class Accumulator:
         if layer == self.layers[0]:
             self._count_objects(raw)
         self._taken["sampled"].append(x[batch.sample])
+
+    def _block(self, x: Tensor, groups: Groups, raw: Structure, mean: Tensor, channels: Tensor | None = None) -> Tensor:
+        """[B, len(VALUES)], one row an image."""
+        centred = structure(x, groups, centre=mean, channels=channels)
+        objects = [raw.cohesion, raw.coupling, centred.cohesion, centred.coupling]
+        images = torch.stack([groups.token_mean(raw.norms), raw.homogeneity, centred.homogeneity], dim=1)
+        means = groups.image_mean(torch.stack(objects, dim=1))
+        spilt = x.new_full((groups.n_images, 2), float("nan"))
+        if self.bleeding:
+            both = [bleeding(x, groups.near, centre, channels) for centre in (None, mean)]
+            spilt = groups.counted_mean(torch.stack(both, dim=1))
+        return torch.cat([images, means, spilt], dim=1)
 
     def _count_objects(self, raw: Structure) -> None:
         assert self._batch is not None
@@ -189,11 +213,3 @@ class Accumulator:
                     sums.update(x[chosen & (group[rows] == g)], g)
         assert parts[0] is not None
         return parts[0], parts[1]
-
-
-def _block(groups: Groups, raw: Structure, centred: Structure) -> Tensor:
-    """[B, len(VALUES)], one row an image."""
-    norm = groups.token_mean(raw.norms)
-    objects = torch.stack([raw.cohesion, raw.coupling, centred.cohesion, centred.coupling], dim=1)
-    images = torch.stack([norm, raw.homogeneity, centred.homogeneity], dim=1)
-    return torch.cat([images, groups.image_mean(objects)], dim=1)

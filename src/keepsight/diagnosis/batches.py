@@ -49,7 +49,8 @@ class Decoded:
 class Loader:
     """Decodes pictures in order, `batch_size` at a time.
 
-    rate: share of each image's tokens that the sample takes; broken: names of the pictures left out so far;
+    rate: share of each image's tokens that the sample takes; counted: share of the images whose patches' neighbours are
+    counted; broken: names of the pictures left out so far;
     mask_values: the values seen in masks so far.
     """
 
@@ -62,6 +63,7 @@ class Loader:
     split_components: bool = False
     skip_broken: bool = False
     rate: float = 0.0
+    counted: float = 1.0
 
     def __post_init__(self) -> None:
         self.broken: dict[int, str] = {}
@@ -140,6 +142,7 @@ class Loader:
             owner=torch.tensor(owner, dtype=torch.long),
             sample=self._sample(indices, counts),
             group=self._group[indices],
+            counted=torch.tensor([np.random.default_rng([self.seed, 10, i]).random() < self.counted for i in indices]),
             place=(tokens.tile * SIDE + tokens.row) * SIDE + tokens.column,
         )
         return Decoded(inputs, batch, indices, tokens)

@@ -20,7 +20,7 @@ from keepsight.results import Measurement
 from keepsight.results.intervals import Estimate, mean_interval, ratio_interval
 from keepsight.vlm import Vlm
 
-TOKENS = 512  # of the sample that the lens takes: a large vocabulary costs as much as several layers
+TOKENS = 256  # of the sample that the lens takes: a large vocabulary costs as much as several layers
 LISTED = 1600  # one token in so many of the vocabulary may be listed as frequent
 SHOWN = 10  # listed tokens that a row names
 CHUNK = 1 << 23  # logits at a time

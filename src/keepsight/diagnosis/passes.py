@@ -17,6 +17,7 @@ from keepsight.diagnosis.progress import tracked
 from keepsight.vlm import Vlm, capture
 from keepsight.vlm.features import ProjectorInput
 
+COUNTED = 256  # images whose patches' neighbours are counted: beyond them, it would cost as much as a few layers
 SAMPLE = 4096  # tokens of the sample, at least; twice the width if that is more
 
 
@@ -29,13 +30,14 @@ def measure(
     exact: bool = False,
     calibration_images: int | None = None,
     encoder: bool = False,
+    bleeding: bool = False,
     progress: bool = False,
 ) -> tuple[Accumulator, list[int]]:
     """The calibration pass and the main pass: the filled accumulator and the indices of the pictures it holds.
 
     Args:
         exact: sample every token.
-        encoder: also keep the vision encoder's output at the sampled tokens.
+        encoder: also keep the vision encoder's output at the sampled tokens. bleeding: also count neighbours.
 
     Raises:
         ValueError: no picture could be read.
@@ -53,7 +55,8 @@ def measure(
     if not seen:
         raise ValueError(f"none of the {n} pictures can be read, such as '{loader.pictures[0].name}'; check the files")
     loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens / seen))
-    accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact)
+    loader.counted = COUNTED / n  # of one or more, all
+    accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact, bleeding)
     done: list[int] = []
     total = -(-n // loader.batch_size)
     with _projector_input(vlm, accumulator, encoder) as given:

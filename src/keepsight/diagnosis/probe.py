@@ -21,6 +21,7 @@ from keepsight.results import Measurement
 
 L2_GRID = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # of the mean loss: 1e-4 … 10
 VALIDATION, TEST = 0.2, 0.2
+SHUFFLED = "shuffled labels"
 RESAMPLES = 2000
 MEMORY = 16 << 20  # bytes that the layers fitted together may take
 
@@ -223,7 +224,7 @@ def probe_rows(
     for i, layer in enumerate(probe.layers):
         note = f"L2 {probe.l2[i]:.2g}"
         rows.append(share("probe_accuracy", probe.correct[i], layer=layer, note=note))
-        rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant="shuffled labels"))
+        rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant=SHUFFLED))
     later = [i for i, layer in enumerate(probe.layers) if layer > 0]
     wanted = {"probe_drop": probe.layers.index(middle)} if middle in probe.layers else {}
     if later:

@@ -16,8 +16,9 @@ from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm
 
-METRICS = ("probes", "structure", "spectrum", "fidelity", "lens")
+METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps")
 DEFAULT_METRICS = METRICS
+STRUCTURE = ("cohesion", "coupling", "gap", "contrast")
 
 
 def wanted_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
@@ -53,9 +54,11 @@ def all_rows(
         rows += target_rows(
             accumulator, labels, done, middle, per_image, seed=seed, progress=progress, unlabelled=unlabelled
         )
-    rows += image_rows(accumulator, per_image, seed=seed)
-    if "structure" in wanted:
-        rows += missing_structure(accumulator, has_masks, loader.mask_values, seed=seed)
+    unwanted = () if "structure" in wanted else STRUCTURE
+    rows += [row for row in image_rows(accumulator, per_image, seed=seed) if row.metric not in unwanted]
+    for group, metric in (("structure", "gap"), ("bleeding", "bleeding")):
+        if group in wanted:
+            rows += missing_structure(accumulator, has_masks, loader.mask_values, metric=metric, seed=seed)
     positions = range(len(accumulator.layers))
     if "spectrum" in wanted:
         for position in tracked(positions, "spectrum", progress):

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader
 from keepsight.diagnosis.data import find_pictures
-from keepsight.diagnosis.examples import choose_examples
+from keepsight.diagnosis.examples import choose_examples, open_examples
+from keepsight.diagnosis.maps import similarity_maps
+from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, wanted_nulls
 from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, wanted_metrics
 from keepsight.diagnosis.summary import too_small
-from keepsight.results import PerImageBuilder, fingerprint, prompt_hash, versions
+from keepsight.results import Measurement, PerImage, PerImageBuilder, fingerprint, prompt_hash, versions
+from keepsight.results.maps import SimilarityMap
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.inference import inference
@@ -39,6 +44,7 @@ def diagnose(
     exact: bool = False,
     calibration_images: int | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
+    nulls: Sequence[str] = (),
     targets: Mapping[str, str] | None = None,
     pre_layer: int | None = None,
     progress: bool = True,
@@ -62,8 +68,10 @@ def diagnose(
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             sixteen pictures unless given, but 8 to 32.
-        metrics: which groups of numbers: "probes", "structure", "spectrum", "fidelity", "lens". Norms, sinks and
-            homogeneity are always there.
+        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps".
+            Norms, sinks and homogeneity are always there.
+        nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
+            random weights behind the same encoder and projector. Its rows have "random weights" in `variant`.
         targets: label set → "asked" or "never asked", for the report.
         pre_layer: the layer PRe was trained at, for the report.
         label_run: what the report calls this run.
@@ -75,8 +83,8 @@ def diagnose(
         ValueError: bad pictures, masks, labels or layers; the text says which and what to do.
     """
     vlm = Vlm(model)
-    wanted = wanted_metrics(metrics)
-    pictures = find_pictures(images, labels, masks if "structure" in wanted else None)
+    wanted, null_models = wanted_metrics(metrics), wanted_nulls(nulls)
+    pictures = find_pictures(images, labels, masks if {"structure", "bleeding"} & set(wanted) else None)
     chosen = _layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
         _check_labels(target, values)
@@ -93,32 +101,46 @@ def diagnose(
     has_masks = any(item.mask is not None for item in pictures.items)
     rendered = render_prompt(processor, prompt)
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
-    with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(model):
-        accumulator, done = measure(
-            vlm,
-            loader,
-            chosen,
-            Path(folder),
-            exact=exact,
-            calibration_images=calibration_images,
-            encoder="fidelity" in wanted,
-            progress=progress,
-        )
-        per_image = PerImageBuilder([pictures.items[index].name for index in done])
-        rows = all_rows(
-            vlm,
-            loader,
-            accumulator,
-            wanted,
-            pictures.labels,
-            done,
-            vlm.resolve_layer("middle"),
-            per_image,
-            seed=seed,
-            has_masks=has_masks,
-            unlabelled=pictures.unlabelled,
-            progress=progress,
-        )
+
+    def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int], PerImage]:
+        with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
+            accumulator, done = measure(
+                vlm,
+                loader,
+                chosen,
+                Path(folder),
+                exact=exact,
+                calibration_images=calibration_images,
+                encoder="fidelity" in wanted,
+                bleeding="bleeding" in wanted,
+                progress=progress,
+            )
+            per_image = PerImageBuilder([pictures.items[index].name for index in done])
+            rows = all_rows(
+                vlm,
+                loader,
+                accumulator,
+                wanted,
+                pictures.labels,
+                done,
+                vlm.resolve_layer("middle"),
+                per_image,
+                seed=seed,
+                has_masks=has_masks,
+                unlabelled=pictures.unlabelled,
+                progress=progress,
+            )
+        return rows, accumulator, done, per_image.finish()
+
+    rows, accumulator, done, per_image = look(vlm, loader)
+    shown = choose_examples(pictures, done)
+    maps: list[SimilarityMap | None] = [None] * len(shown)
+    if "maps" in wanted:
+        with inference(model):
+            maps = similarity_maps(vlm, loader, shown, chosen)
+    if "random_weights" in null_models:
+        twin = Vlm(random_weights(vlm, seed))
+        rows += as_null(look(twin, replace(loader, vlm=twin))[0], RANDOM_WEIGHTS)
     left_out = sum(len(too_small(values, done)) for values in pictures.labels.values() if "probes" in wanted)
     info = {
         "label": label_run,
@@ -152,10 +174,11 @@ def diagnose(
         "skip_broken": skip_broken,
         "split_components": split_components,
         "metrics": list(wanted),
+        "nulls": list(null_models),
         "exact": exact,
         "calibration_images": calibration_images,
     }
-    return Diagnosis(rows, info, config, choose_examples(pictures, done, split_components), per_image.finish())
+    return Diagnosis(rows, info, config, open_examples(pictures, shown, split_components, maps), per_image)
 
 
 def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:

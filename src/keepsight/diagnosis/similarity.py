@@ -7,6 +7,8 @@ unrelated representations whatever their widths. Mutual k-nearest-neighbour agre
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,38 +26,67 @@ FEWEST = 2 * GROUPS  # images for the intervals' groups to be whole
 PERMUTED = "permuted images"
 
 
-def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 - the names of the paper
-    """Unbiased HSIC of two Gram matrices [n, n] whose diagonals are zero, n ≥ 4 (Song et al. 2012, eq. 5)."""
-    n = k.shape[0]
-    rows_k, rows_l = k.sum(dim=1), l.sum(dim=1)
-    sums = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows_k @ rows_l)
-    return ((k * l).sum() + sums) / (n * (n - 3))
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of n centred representations, with a zero diagonal, and their sums over groups of images.
+
+    products: [n, n]; norms: [n]; member: [n, G], 1 where the image is in the group; rows: [n, G], each row's sum over
+    each group.
+    """
+
+    products: Tensor
+    norms: Tensor
+    member: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, group: np.ndarray | None = None) -> Gram:
+        """x: [n, d]; group: [n], 0 … G − 1, of each; one group if there are none."""
+        x = x.double()
+        x = x - x.mean(dim=0)  # changes no HSIC, and keeps its terms from being differences of large numbers
+        products = x @ x.T
+        norms = products.diagonal().clamp(min=0).sqrt()
+        products.fill_diagonal_(0.0)
+        groups = torch.zeros(len(x), dtype=torch.long) if group is None else torch.from_numpy(group)
+        member = torch.nn.functional.one_hot(groups).double()
+        return cls(products, norms, member, products @ member)
+
+    def take(self, order: Tensor) -> Gram:
+        """The images in another order, the groups as they were."""
+        products = self.products[order][:, order]
+        return Gram(products, self.norms[order], self.member, products @ self.member)
+
+    def neighbours(self, k: int) -> Tensor:
+        """[n, k]: the k most similar others of each image, by the cosine of the centred rows."""
+        cosine = self.products / self.norms[:, None].clamp(min=1e-300) / self.norms.clamp(min=1e-300)
+        return cosine.fill_diagonal_(-2.0).topk(k, dim=1, sorted=False).indices
 
 
-def debiased_cka(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    """HSIC(K, L) / √(HSIC(K, K) · HSIC(L, L)) of Gram matrices with zero diagonals; NaN where one does not vary."""
-    within = hsic(k, k) * hsic(l, l)
-    return float(hsic(k, l) / within.sqrt()) if within > 0 else float("nan")
+def hsic(k: Gram, l: Gram) -> Tensor:  # noqa: E741 - the names of the paper
+    """Unbiased HSIC (Song et al. 2012, eq. 5): [1 + G], of all images, then without each group; n ≥ 4 of each.
+
+    All from sums over groups, so that the delete-one-group values cost next to nothing.
+    """
+    blocks = k.member.T @ ((k.products * l.products) @ k.member)  # [G, G]
+    trace = torch.cat([blocks.sum()[None], blocks.sum() - blocks.sum(dim=0) - blocks.sum(dim=1) + blocks.diagonal()])
+    everyone = torch.ones(1, k.member.shape[0], dtype=torch.float64)
+    kept = torch.cat([everyone, 1 - k.member.T])  # [1 + G, n]
+    rows_k, rows_l = (
+        torch.cat([gram.rows.sum(dim=1)[None], gram.rows.sum(dim=1) - gram.rows.T]) * kept for gram in (k, l)
+    )
+    n = kept.sum(dim=1)
+    sums = rows_k.sum(dim=1) * rows_l.sum(dim=1) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows_k * rows_l).sum(dim=1)
+    return (trace + sums) / (n * (n - 3))
 
 
-def gram(x: Tensor) -> Tensor:
-    """[n, n] float64 inner products of the rows of x [n, d], with a zero diagonal."""
-    x = x.double()
-    x = x - x.mean(dim=0)  # changes no HSIC, and keeps its terms from being differences of large numbers
-    return (x @ x.T).fill_diagonal_(0.0)
+def debiased_cka(k: Gram, l: Gram) -> Tensor:  # noqa: E741
+    """HSIC(K, L) / √(HSIC(K, K) · HSIC(L, L)): [1 + G] as in `hsic`; NaN where one does not vary."""
+    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
 
 
-def neighbours(x: Tensor, k: int) -> Tensor:
-    """bool [n, n]: whether column j is among the k rows most similar to row i, by the cosine of centred rows."""
-    unit = torch.nn.functional.normalize((x - x.mean(dim=0)).double(), dim=1)
-    cosine = (unit @ unit.T).fill_diagonal_(-2.0)
-    nearest = cosine.topk(k, dim=1).indices
-    return torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, nearest, True)
-
-
-def neighbour_agreement(x: Tensor, y: Tensor, k: int) -> Tensor:
-    """[n]: share of the k nearest neighbours of each row that x [n, d] and y [n, d'] share. Chance: k/(n−1)."""
-    return (neighbours(x, k) & neighbours(y, k)).sum(dim=1).double() / k
+def agreement(near: Tensor, other: Tensor) -> Tensor:
+    """[n]: share of the k neighbours [n, k] of each image that two lists have in common. Chance: k/(n − 1)."""
+    return (near[:, :, None] == other[:, None, :]).sum(dim=(1, 2)).double() / near.shape[1]
 
 
 class Similarity:
@@ -75,10 +106,11 @@ class Similarity:
             self.why = f"{count} images are too few; at least {FEWEST} are needed"
         if not self.why:
             assert accumulator.encoder_pooled is not None
-            self.encoder = torch.from_numpy(accumulator.encoder_pooled.read(0)[self.images])
-            self.gram = gram(self.encoder)
-            self.near = neighbours(self.encoder, self.k)
-            self.shuffled = torch.from_numpy(generator.permutation(count))
+            encoder = torch.from_numpy(accumulator.encoder_pooled.read(0)[self.images])
+            self.gram = Gram.of(encoder, self.group)
+            self.near = self.gram.neighbours(self.k)
+            self.mixed = self.gram.take(torch.from_numpy(generator.permutation(count)))
+            self.within = {id(gram): hsic(gram, gram) for gram in (self.gram, self.mixed)}
 
     def rows(self, position: int) -> list[Measurement]:
         """CKA and neighbour agreement of the layer in this position, each with its null."""
@@ -86,25 +118,26 @@ class Similarity:
         if self.why:
             return [Measurement(name, None, **common, note=self.why) for name in ("cka", "neighbour_agreement")]
         x = torch.from_numpy(self.accumulator.pooled.read(position)[self.images])
-        grams = gram(x)
-        shared = (neighbours(x, self.k) & self.near).sum(dim=1).double() / self.k
-        count = len(self.images)
-        about = f"k = {self.k}"
-        mixed = self.gram[self.shuffled][:, self.shuffled]
+        own = Gram.of(x, self.group)
+        within = hsic(own, own)
+        shared = agreement(own.neighbours(self.k), self.near)
+        about, chance = f"k = {self.k}", self.k / (len(self.images) - 1)
         null: dict[str, Any] = {"variant": PERMUTED, **common}
         return [
-            Measurement("cka", **self._cka(grams, self.gram).fields, **common),
-            Measurement("cka", **self._cka(grams, mixed).fields, **null),
+            self._row(own, within, self.gram, common),
+            self._row(own, within, self.mixed, null),
             Measurement("neighbour_agreement", **mean_interval(shared.numpy()).fields, **common, note=about),
-            Measurement("neighbour_agreement", self.k / (count - 1), **null, note=f"{about}; its expectation"),
+            Measurement("neighbour_agreement", chance, **null, note=f"{about}; its expectation"),
         ]
 
-    def _cka(self, k: Tensor, l: Tensor) -> Estimate:  # noqa: E741
-        value = debiased_cka(k, l)
-        without, sizes = [], []
-        for g in range(GROUPS):
-            kept = torch.from_numpy(np.flatnonzero(self.group != g))
-            without.append(debiased_cka(k[kept][:, kept], l[kept][:, kept]))
-            sizes.append(float((self.group == g).sum()))
+    def _cka(self, own: Gram, within: Tensor, other: Gram) -> Estimate:
+        value, *without = (hsic(own, other) / (within * self.within[id(other)]).sqrt()).tolist()
+        sizes = np.bincount(self.group, minlength=GROUPS).astype(float).tolist()
+        if not all(map(math.isfinite, (value, *without))):
+            return Estimate(None, note="the images' mean tokens do not vary")
         interval = jackknife(value, without, sizes, log=False)
         return Estimate(value, *(interval or (None, None)))
+
+    def _row(self, own: Gram, within: Tensor, other: Gram, common: dict[str, Any]) -> Measurement:
+        found = self._cka(own, within, other)
+        return Measurement("cka", **found.fields, note=found.note, **common)

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.bleeding import Neighbourhood
+
 CHUNK_BYTES = 3 << 18  # rows normalised and summed together: few enough to stay in a core's cache between the two
 TINY = torch.finfo(torch.float32).tiny  # what a zero token is divided by, to stay the zero vector
 
@@ -46,7 +48,7 @@ class Groups:
     weights: [B + K, T], 1 where the token is in the group; each image's row is followed by those of its objects, so
     that the groups of neighbouring tokens are neighbouring rows.
     image_row: [B] and object_row: [K], where the groups lie in it; owner: [K], the image of an object;
-    image: [T], the image of a token.
+    image: [T], the image of a token; counted: bool [B], the images whose neighbours `near` is of.
     """
 
     weights: Tensor
@@ -54,10 +56,18 @@ class Groups:
     object_row: Tensor
     owner: Tensor
     image: Tensor
+    counted: Tensor
 
     @classmethod
-    def build(cls, image: Tensor, n_images: int, objects: Tensor | None = None, owner: Tensor | None = None) -> Groups:
-        """image: [T], each token's image, rising; objects: bool [K, T]; owner: [K], each object's image.
+    def build(
+        cls,
+        image: Tensor,
+        n_images: int,
+        objects: Tensor | None = None,
+        owner: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Groups:
+        """image: [T], each token's image, rising; objects: bool [K, T]; owner: [K], each object's image; counted: [B].
 
         Raises:
             ValueError: the tokens are not in the order of their images.
@@ -69,10 +79,12 @@ class Groups:
         if objects is None or owner is None:
             objects, owner = image.new_zeros((0, image.shape[0])), image.new_zeros(0)
         owner = owner.long()
+        if counted is None:
+            counted = torch.ones(n_images, dtype=torch.bool, device=image.device)
         order = torch.cat([torch.arange(n_images, device=owner.device), owner]).argsort(stable=True)
         place = order.argsort()
         weights = torch.cat([images, objects.to(images)], dim=0)[order]
-        return cls(weights, place[:n_images], place[n_images:], owner, image)
+        return cls(weights, place[:n_images], place[n_images:], owner, image, counted)
 
     @property
     def n_images(self) -> int:
@@ -134,6 +146,12 @@ class Groups:
         """[B, 1], the objects with pairs of each image."""
         return self.defined.sum(dim=1, keepdim=True)
 
+    @cached_property
+    def near(self) -> Neighbourhood:
+        """What each patch of each object is compared with."""
+        in_image, in_object = (self.weights[rows] > 0 for rows in (self.image_row, self.object_row))
+        return Neighbourhood.build(in_image, in_object, self.owner, self.counted)
+
     def chunks(self, rows: int) -> list[tuple[slice, Tensor]]:
         """For `rows` tokens at a time: the rows of `weights` that can be other than zero there, and that block."""
         if rows not in self._chunks:
@@ -152,7 +170,7 @@ class Groups:
 
     def keep(self, tokens: Tensor) -> Groups:
         """The same groups with only these tokens in them (tokens: bool [T])."""
-        return Groups(self.weights * tokens, self.image_row, self.object_row, self.owner, self.image)
+        return Groups(self.weights * tokens, self.image_row, self.object_row, self.owner, self.image, self.counted)
 
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean over the tokens of each image: [T] or [T, d] → [B] or [B, d], NaN without tokens."""
@@ -161,6 +179,10 @@ class Groups:
     def image_mean(self, values: Tensor) -> Tensor:
         """Mean over the defined objects of each image: [K, V] → [B, V], NaN without objects."""
         return (self.defined @ values.nan_to_num(nan=0.0)) / self.counts  # 0 / 0 is the NaN that is wanted
+
+    def counted_mean(self, values: Tensor) -> Tensor:
+        """`image_mean`, but NaN for images that are not counted."""
+        return torch.where(self.counted[:, None], self.image_mean(values), float("nan"))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterabl
 
     for name, column in values.items():
         metric, _, variant = name.partition("/")
-        said = note if metric in ("cohesion", "coupling") else ""
+        said = note if metric in ("cohesion", "coupling", "bleeding") else ""
         yield row(metric, variant, mean_interval(column), column, said), column
     for variant in ("raw", "centred"):
         if f"cohesion/{variant}" in values:
@@ -173,7 +173,7 @@ def too_small(values: Sequence[str | None], done: Sequence[int]) -> list[str]:
 
 
 def missing_structure(
-    accumulator: Accumulator, has_masks: bool, mask_values: Collection[int] = (), *, seed: int
+    accumulator: Accumulator, has_masks: bool, mask_values: Collection[int] = (), *, metric: str, seed: int
 ) -> list[Measurement]:
     """A row that says why there is no patch structure, where there is none. `mask_values`: those that masks hold."""
     if has_masks and accumulator.objects:
@@ -181,4 +181,4 @@ def missing_structure(
     why = "no object has two patches inside and one outside" if has_masks else "no masks were given"
     if 255 in mask_values and not set(mask_values) - {0, 255}:
         why = "all non-zero pixels of the masks are 255, which means ignore; give objects other values, such as 1"
-    return [Measurement("gap", None, variant="raw", seed=seed, note=why)]
+    return [Measurement(metric, None, variant="raw", seed=seed, note=why)]

@@ -39,6 +39,9 @@ METRICS = {
     "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
     "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),
     "contrast": Metric("Contrast", "Cohesion ÷ coupling over the data set", digits=2),
+    "bleeding": Metric(
+        "Bleeding", "Share of a patch's nearest neighbours that lie outside its object, less chance (0 = as by chance)"
+    ),
     "participation_ratio": Metric(
         "Participation ratio", "(Σλ)² ÷ Σλ²: how many directions carry the variance", digits=2
     ),
@@ -103,7 +106,7 @@ SECTIONS = (
         "Structure",
         "Cosines between patches, split by the masks. When coupling rises faster than cohesion, patches bleed "
         "into one another and the gap closes.",
-        ("gap", "cohesion", "coupling", "contrast"),
+        ("gap", "bleeding", "cohesion", "coupling", "contrast"),
     ),
     Section(
         "spectrum",
@@ -137,6 +140,7 @@ SECTIONS = (
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
 # Drawn as thin lines under the metric's own.
 CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
+NULL_VARIANTS = ("random weights",)  # alone, or after the variant that they are the null of: "raw, random weights"
 
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
@@ -145,6 +149,16 @@ GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
 def metric(name: str) -> Metric:
     """How to show `name`; a metric that is not known keeps its own name."""
     return METRICS.get(name) or Metric(name.replace("_", " "))
+
+
+def control_of(variant: str) -> str | None:
+    """The variant that a control belongs to; "" for any; None where it is no control."""
+    if variant in CONTROL_VARIANTS:
+        return ""
+    for null in NULL_VARIANTS:
+        if variant == null or variant.endswith(f", {null}"):
+            return variant.removesuffix(null).removesuffix(", ")
+    return None
 
 
 def preferred(variants: set[str]) -> str:

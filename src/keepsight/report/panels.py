@@ -10,11 +10,11 @@ from urllib.parse import quote
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import (
     ASKED,
-    CONTROL_VARIANTS,
     GROUP_TITLES,
     NEVER_ASKED,
     PREFERRED_VARIANTS,
     Section,
+    control_of,
     metric,
     preferred,
     write_interval,
@@ -102,7 +102,7 @@ def _layered_targets(runs: Sequence[Run], name: str) -> list[str]:
 def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Panel:
     shown = metric(name)
     every = list(dict.fromkeys(s for run in runs for s in run.select(name) if s.target == target))
-    controls = [series for series in every if series.variant in CONTROL_VARIANTS]
+    controls = [series for series in every if control_of(series.variant) is not None]
     main = [series for series in every if series not in controls] or controls
     views = []
     for series in main:
@@ -110,7 +110,9 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
         lines += [
             {**_line(number, run, control, "control"), "name": control.variant}
             for control in controls
-            if control.tokens == series.tokens and control != series
+            if control.tokens == series.tokens
+            and control != series
+            and control_of(control.variant) in ("", series.variant)
             for number, run in enumerate(runs)
             if control in run.curves
         ]

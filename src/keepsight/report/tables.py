@@ -12,6 +12,7 @@ from keepsight.report.metrics import (
     ASKED,
     NEVER_ASKED,
     SECTIONS,
+    control_of,
     metric,
     write_difference,
     write_interval,
@@ -130,7 +131,12 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]
     for target in sorted(targets_of(runs, name), key=lambda target: order.get(groups.get(target, ""), 2)):
         chosen = [run.headline(name, target) for run in runs]
         if name in _ALL_VARIANTS:
-            chosen += [s for run in runs for s in run.select(name) if s.target == target and s.tokens == "all"]
+            chosen += [
+                s
+                for run in runs
+                for s in run.select(name)
+                if (s.target, s.tokens) == (target, "all") and control_of(s.variant) is None
+            ]
         for series in dict.fromkeys(item for item in chosen if item):
             details = ", ".join(part for part in (target, series.variant) if part)
             yield metric(name).title + (f", {details}" if details else ""), groups.get(target, ""), series

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from keepsight.results.maps import SimilarityMap
 from keepsight.results.storage import make_folder, storage_error, to_json, write_file
 
 INDEX = "examples.json"
@@ -22,10 +23,11 @@ class Example:
     mask: np.ndarray | None = None
     name: str = ""  # file name or index in the data set
     caption: str = ""  # label, question, answer: whatever belongs to the picture
+    map: SimilarityMap | None = None  # which of its patches look alike at each layer
 
 
 def write_examples(folder: Path, examples: Iterable[Example]) -> None:
-    """Write pictures and masks to `folder`, in place of those that were there."""
+    """Write pictures, masks and maps to `folder`, in place of those that were there."""
     if folder.exists():
         shutil.rmtree(folder)
     make_folder(folder)
@@ -36,6 +38,9 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> None:
         if example.mask is not None:
             entry["mask"] = f"{number:03d}.mask.png"
             _save_png(Image.fromarray(np.asarray(example.mask, dtype=np.uint8)), folder / str(entry["mask"]))
+        if example.map is not None:
+            entry["map"] = f"{number:03d}.map.npz"
+            write_file(folder / str(entry["map"]), example.map.to_bytes())
         index.append(entry)
     write_file(folder / INDEX, to_json(index))
 
@@ -49,7 +54,8 @@ def read_examples(folder: Path) -> list[Example]:
     for entry in json.loads(index.read_text(encoding="utf-8")):
         mask = entry["mask"] and np.asarray(_open_png(folder, entry["mask"]), dtype=np.uint8)
         image = _open_png(folder, entry["image"]).convert("RGB")
-        found.append(Example(image, mask if entry["mask"] else None, entry["name"], entry["caption"]))
+        stored = entry.get("map") and SimilarityMap.from_bytes(_inside(folder, entry["map"]).read_bytes())
+        found.append(Example(image, mask if entry["mask"] else None, entry["name"], entry["caption"], stored or None))
     return found
 
 
@@ -62,10 +68,13 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 
 def _open_png(folder: Path, name: str) -> Image.Image:
-    """A picture of examples/; a name that leads out of the folder is refused."""
+    with Image.open(_inside(folder, name)) as image:
+        return image.copy()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of examples/; a name that leads out of the folder is refused."""
     path = (folder / name).resolve()
     if path.parent != folder.resolve() or not path.is_file():
-        index = folder / INDEX
-        raise ValueError(f"'{index}' names '{name}', which is not a picture in that folder")
-    with Image.open(path) as image:
-        return image.copy()
+        raise ValueError(f"'{folder / INDEX}' names '{name}', which is not a picture in that folder")
+    return path

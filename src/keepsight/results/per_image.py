@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,10 @@ class PerImage:
             KeyError: if it is not kept picture by picture.
         """
         return np.asarray(self.values[self._row[key]], dtype=np.float64)
+
+    def renamed(self, target: Callable[[str], str]) -> PerImage:
+        """The same with other targets."""
+        return PerImage(self.images, [key._replace(target=target(key.target)) for key in self.keys], self.values)
 
     def together(self, other: PerImage) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the pictures that both hold, in this one and in the other, in this one's order."""

@@ -4,7 +4,7 @@ rows.jsonl     one Measurement a line
 run.json       kind ("diagnosis", "training"), label, command, versions, model, depth, PRe layer, prompt, seed, counts
 config.yaml    the resolved configuration
 per_image.npy  what each picture adds to each number, and per_image.json, of what; for paired comparisons
-examples/      pictures, masks and examples.json
+examples/      pictures, masks, similarity maps and examples.json
 report.html    written by keepsight.report
 """
 
@@ -218,7 +218,7 @@ class RunDirectory:
         write_per_image(self.path, values)
 
     def write_examples(self, examples: Iterable[Example]) -> None:
-        """Write pictures and masks to examples/, in place of those that were there."""
+        """Write pictures, masks and maps to examples/, in place of those that were there."""
         write_examples(self.path / EXAMPLES, examples)
 
     def read_examples(self) -> list[Example]:

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from keepsight.diagnosis import diagnose
-from keepsight.evaluation.vqa import VqaItem, answer_accuracy
+from keepsight.evaluation import Question, evaluate
 from keepsight.results import Measurement, RunDirectory, merged
 from keepsight.testbed.drawing import render
 from keepsight.testbed.folders import vqa_items
@@ -46,7 +46,7 @@ def look_inside(
         label_run=arm.label,
         progress=False,
     )
-    answers = answer_accuracy(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4)
+    answers = evaluate(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4)
     arm.write_rows([*result.rows, *answers.rows, *prior])
     arm.write_per_image(merged([part for part in (result.per_image, answers.per_image) if part is not None]))
     arm.write_examples(result.examples)
@@ -55,10 +55,10 @@ def look_inside(
     return arm
 
 
-def bare_questions(scenes: Sequence[Scene], turns: int) -> list[VqaItem]:
+def bare_questions(scenes: Sequence[Scene], turns: int) -> list[Question]:
     """The questions of these scenes without the pictures, for what can be guessed."""
     return [
-        VqaItem(turn.question, turn.answer, kind=turn.kind, picture=(scene.seed, scene.index))
+        Question(turn.question, turn.answer, kind=turn.kind, picture=(scene.seed, scene.index))
         for scene in scenes
         for turn in questions(scene, turns)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from keepsight.pre import Handle
 from keepsight.pre.handle import HEAD
 from keepsight.results import write_file
+from keepsight.training.sharding import is_sharded, load_whole_weights
 
 WEIGHTS = "weights.safetensors"
 MEMORY = "pre_memory.pt"
@@ -32,12 +33,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that does not belong to this run."""
 
 
-def save_weights(model: torch.nn.Module, folder: Path, learned: Iterable[str]) -> None:
-    """Write the parameters that have learned so far in this run, and all buffers, under their names in memory."""
-    wanted = set(learned)
-    state = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=True) if name in wanted}
-    persistent = model.state_dict()
-    state |= {name: b for name, b in model.named_buffers() if name in persistent}
+def save_weights(
+    model: torch.nn.Module, folder: Path, learned: Iterable[str], whole: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write the parameters that have learned so far in this run, and all buffers, under their names in memory.
+
+    Args:
+        whole: the state dict of a model that is in shards, gathered.
+    """
+    persistent = model.state_dict() if whole is None else whole
+    buffers = {name for name, _ in model.named_buffers()}
+    wanted = buffers | ({name for name, _ in model.named_parameters(remove_duplicate=True)} & set(learned))
+    state = {name: tensor.detach() for name, tensor in persistent.items() if name in wanted}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
@@ -52,7 +59,10 @@ def load_weights(model: torch.nn.Module, folder: Path, *, heads: bool = True) ->
         CheckpointError: if the model has no such parameter: the checkpoint is of another model or head.
     """
     state = {name: t for name, t in load_file(folder / WEIGHTS).items() if heads or HEAD not in name.split(".")}
-    unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
+    if is_sharded(model):
+        unknown = load_whole_weights(model, state)
+    else:
+        unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
     if unknown:
         raise CheckpointError(
             f"checkpoint '{folder}' holds {unknown[:3]} ({len(unknown)} in all), which this model does not have: it "

@@ -34,6 +34,7 @@ from keepsight.training.data import ConversationDataset, load_source
 from keepsight.training.encode import CutError, Encoder
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.lora import adapt, check_available, merged, save_adapter, targets
+from keepsight.training.sharding import is_sharded, whole_weights
 from keepsight.training.trainer import PReTrainerMixin, set_apart
 from keepsight.vlm.load import load_model
 
@@ -52,7 +53,8 @@ class KeepsightTrainer(PReTrainerMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
-        save_weights(self.pre.vlm.model, Path(output_dir), self.learned)
+        if self.args.should_save:  # of a sharded model, all processes come here, and the main one has the weights
+            save_weights(self.pre.vlm.model, Path(output_dir), self.learned, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.pre.vlm.model, Path(resume_from_checkpoint))
@@ -188,10 +190,11 @@ def train(
     elif adapted is not None and run is not None:  # into the weights themselves, not into their 4 bits
         model = merged(build_model(config.model, seed=config.seed)[0], run.path / record.ADAPTER)
     model.requires_grad_(True)
+    weights = whole_weights(model) if is_sharded(model) else model.state_dict()
     if run is not None:
-        model.save_pretrained(run.path / record.MODEL)
+        model.save_pretrained(run.path / record.MODEL, state_dict=weights)
         processor.save_pretrained(run.path / record.MODEL)
-        described = {"name": record.model_name(config.model), "before": before, "fingerprint": fingerprint(model)}
+        described = {"name": record.model_name(config.model), "before": before, "fingerprint": fingerprint(weights)}
         used = any(config.pre_in(stage).active for stage in config.stages().values())
         run.update(model=described, depth=depth, width=width, pre_layer=layer if used else None, finished=True)
     PartialState().wait_for_everyone()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keepsight.pre.handle import HEAD, Handle, handle_of
+from keepsight.training.sharding import shard_head
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what it is mixed into
@@ -59,6 +60,7 @@ class PReTrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
+        shard_head(self.accelerator, self.pre)
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.pre.config.head_lr is not None:
             set_apart(optimizer, self.pre.parameters(), self.pre.config.head_lr, "keepsight_head")

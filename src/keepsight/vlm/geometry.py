@@ -62,6 +62,27 @@ def patch_coverage(processor: Any, vlm: Vlm, mask: np.ndarray, prompt: str) -> t
     return objects, coverage.clamp(0.0, 1.0)
 
 
+def patch_centres(processor: Any, vlm: Vlm, size: tuple[int, int], prompt: str) -> Tensor:
+    """Where in the picture each visual token lies: ``[N, 2]``, (x, y) of its centre, shares of width and height.
+
+    By the same means as `patch_coverage`: the processor gets a picture whose first colour rises from left to right and
+    whose second from top to bottom. Of a token that is partly padding, the centre of its part inside; NaN for one that
+    is padding alone.
+
+    Args:
+        size: width and height of the picture.
+    """
+    width, height = size
+    ramps = np.zeros((height, width, 3), np.uint8)
+    ramps[..., 0] = np.rint(255 * (np.arange(width) + 0.5) / width)[None, :]
+    ramps[..., 1] = np.rint(255 * (np.arange(height) + 0.5) / height)[:, None]
+    black, white = (np.full((height, width, 3), value, np.uint8) for value in (0, 255))
+    painted = [_painted(processor, vlm, picture, prompt) for picture in (black, white, ramps)]
+    span, rise = painted[1] - painted[0], painted[2] - painted[0]
+    inside = span.abs() > 1e-3 * span.abs().amax(dim=0)
+    return torch.where(inside, rise / span, float("nan"))[:, :2]
+
+
 def _painted(processor: Any, vlm: Vlm, picture: np.ndarray, prompt: str) -> Tensor:
     """Mean processed pixel of every token, ``[N, 3]``."""
     # The whole processor, because some tell their image processor what it would not do by itself (InternVL: to tile).
