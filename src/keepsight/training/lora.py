@@ -36,7 +36,7 @@ def check_available(lora: LoraConfig) -> None:
         raise ImportError('LoRA needs PEFT: pip install "keepsight[train]"')
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise ValueError(
-            f"lora.rank is {lora.rank} under FSDP: adapters cannot be put together from shards yet. Launch without FSDP "
+            f"lora.rank is {lora.rank} under FSDP: adapters cannot be joined from shards yet. Launch without FSDP "
             "(one whole model a process; with LoRA it needs little beside its weights), or set lora.rank to null."
         )
     if lora.load_in_4bit and find_spec("bitsandbytes") is None:
