@@ -29,6 +29,8 @@ class DiagnoseConfig:
         metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
             fidelity, lens, maps.
         nulls: null models to measure as well: "none", or random_weights (takes as long again).
+        initial: model directory or hub id that the training of the vision encoder began with: its output is what
+            fidelity predicts; null = the model's own.
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -49,6 +51,7 @@ class DiagnoseConfig:
     split_components: bool = False
     metrics: str = "all"
     nulls: str = "none"
+    initial: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -108,6 +111,10 @@ def main(arguments: Sequence[str]) -> None:
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
+    first = None
+    if config.initial:
+        first, _ = load_model(config.initial, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+        first.to(device)
     trained = _training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
@@ -123,6 +130,7 @@ def main(arguments: Sequence[str]) -> None:
         split_components=config.split_components,
         metrics=metrics,
         nulls=nulls,
+        initial=first,
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )

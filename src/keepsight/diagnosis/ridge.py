@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRENGTHS = tuple(10.0**k for k in range(-7, 3))  # α; λ = α · tr(XᵀX)/d
+STRENGTHS = tuple(10.0**k for k in range(-6, 2))  # α; λ = α · tr(XᵀX)/d
 CHOOSING = 64  # directions of a target that α is chosen on
 TRAIN, VALIDATION, TEST, UNUSED = range(4)
 
@@ -103,12 +103,12 @@ def fit_ridge(
     alphas = torch.tensor(list(strengths), dtype=torch.float64, device=values.device)
     shrink = 1 / (values.clamp(min=0) + alphas[:, None])  # [A, d]
 
-    directions = {name: _directions(weights, seed) for name, weights in projected.items()}
+    some = {name: directions(weights.shape[1], CHOOSING, seed).to(weights) for name, weights in projected.items()}
     errors = {name: torch.zeros(len(alphas), dtype=torch.float64) for name in targets}
     for rows, x in _only(blocks, part, VALIDATION):
         z = scale(x) @ vectors
         for name, read in targets.items():
-            y, weights = scales[name](read(rows)) @ directions[name], projected[name] @ directions[name]
+            y, weights = scales[name](read(rows)) @ some[name], projected[name] @ some[name]
             for a in range(len(alphas)):
                 errors[name][a] += float((y - (z * shrink[a]) @ weights).square().sum())
     # Of equally good strengths, the strongest: the simpler map.
@@ -195,10 +195,9 @@ def _only(blocks: Blocks, part: np.ndarray, wanted: int) -> Iterable[tuple[np.nd
             yield rows[chosen], x[torch.from_numpy(chosen).to(x.device)]
 
 
-def _directions(weights: Tensor, seed: int) -> Tensor:
-    """[m, CHOOSING] orthonormal, or the identity where there are no more channels."""
-    m = weights.shape[1]
-    if m <= CHOOSING:
-        return torch.eye(m, dtype=weights.dtype, device=weights.device)
+def directions(width: int, count: int, seed: int) -> Tensor:
+    """[width, count] float64, orthonormal and seeded; the identity where there are no more channels than that."""
+    if width <= count:
+        return torch.eye(width, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(m, CHOOSING, generator=generator, dtype=torch.float64))[0].to(weights)
+    return torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64))[0]

@@ -67,7 +67,7 @@ def all_rows(
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
     if "lens" in wanted:
-        lens = Lens(accumulator, _readout(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed)
+        lens = Lens(accumulator, _readout(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
         for position in tracked(positions, "lens", progress):
             rows += lens.rows(position)
     return rows
