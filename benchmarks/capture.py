@@ -43,6 +43,7 @@ def overhead(shape: str, pairs: int) -> bool:
     from keepsight.diagnosis.passes import COUNTED, SAMPLE, EncoderOutput, accumulate, forward, measure
     from keepsight.diagnosis.similarity import Similarity
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
+    from keepsight.results import PerImageBuilder
     from keepsight.vlm import Vlm
     from keepsight.vlm.chat import render_prompt
 
@@ -73,9 +74,10 @@ def overhead(shape: str, pairs: int) -> bool:
         calibration = seconds(lambda: forward(vlm, batches[0], layers, lambda layer, tokens: tokens.double().sum()))
         calibrating = calibration * 32 / BATCH / whole
         position = vlm.depth // 2
-        rows = seconds(lambda: image_rows(accumulator, seed=0))
+        names = [str(number) for number in range(accumulator.values.rows)]
+        rows = seconds(lambda: image_rows(accumulator, PerImageBuilder(names), seed=0))
         fidelity, lens = (
-            Fidelity(accumulator, 0),
+            Fidelity(accumulator, PerImageBuilder([str(number) for number in range(accumulator.values.rows)]), 0),
             Lens(accumulator, readout(vlm, batches[0].inputs), str, 0, vlm.depth // 2),
         )
         for store in (accumulator.pooled, accumulator.encoder_pooled):

@@ -10,18 +10,23 @@ from pathlib import Path
 
 from keepsight import __version__
 
-# Command → what its help says. The module keepsight.commands.<command> has `main(arguments) -> None`.
+# Command → what its help says. The module keepsight.commands.<command> has `main(arguments)`, which returns an exit
+# status, or None for 0.
 COMMANDS = {
     "demo": "train the tiny testbed model without and with PRe, diagnose both, write one report (minutes, offline)",
     "diagnose": "measure what is left of pictures at every layer of a model; rows, report and configuration",
+    "evaluate": "ask a model questions about pictures and score its answers, with intervals; goes on after a kill",
+    "compare": "put runs side by side: differences in pairs, one report, an exit status for pipelines",
     "train": "train a model in LLaVA's two stages from a recipe, with PRe or without",
+    "export": "write what a training run trained as a plain transformers checkpoint (or adapter) with a model card",
 }
 PACKAGE = Path(__file__).resolve().parent
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 1 where a condition of compare is met, 2 for an error that the user
+    can mend, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -31,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given[0] not in COMMANDS:
             _parser().error(f"there is no command '{given[0]}'; allowed: {', '.join(COMMANDS)}")
         else:
-            import_module(f"keepsight.commands.{given[0]}").main(given[1:])
+            return import_module(f"keepsight.commands.{given[0]}").main(given[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:

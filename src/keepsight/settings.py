@@ -8,6 +8,8 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -57,6 +59,14 @@ def build(cls: type[Config], values: Namespace | dict[str, Any]) -> Config:
     return cls(**chosen)
 
 
+def read_yaml(cls: type[Config], file: Path) -> Config:
+    """The dataclass from a YAML file, such as a run's config.yaml."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    add_fields(parser, cls)
+    return build(cls, parser.parse_args([f"--config={file}"]))
+
+
 def field_texts(cls: type) -> dict[str, str]:
     """What the docstring's "Attributes:" section says of each field, in one line."""
     found: dict[str, str] = {}
@@ -76,13 +86,13 @@ def field_texts(cls: type) -> dict[str, str]:
 def normalise(arguments: Sequence[str], cls: type) -> list[str]:
     """Forms that users type → those that the parser knows.
 
-    A leading recipe file is `--config FILE`; `--skip-broken` alone is `--skip-broken=true`; a field's name may be
-    written with underscores as in YAML; `--print-config` has jsonargparse's underscore.
+    Leading recipe files are each `--config FILE`, later ones overriding earlier ones; `--skip-broken` alone is
+    `--skip-broken=true`; a field's name may be written with underscores as in YAML; `--print-config` has
+    jsonargparse's underscore.
     """
     known = {f"--{leaf.name}": leaf for leaf in leaves(cls)} | {leaf.flag: leaf for leaf in leaves(cls)}
-    given = list(arguments)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--config")
+    files = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    given = [part for file in files for part in ("--config", file)] + list(arguments[len(files) :])
     result = []
     for position, argument in enumerate(given):
         name, equals, value = argument.partition("=")

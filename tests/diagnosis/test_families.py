@@ -333,6 +333,7 @@ def test_bleeding_equals_the_definition(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_parts_of_a_mask_as_objects_of_their_own(name: str, patch: pytest.MonkeyPatch) -> None:
     together, apart = (diagnosed(name, "left", patch, split_components=split) for split in (False, True))
     compare(apart, split=True)

@@ -8,9 +8,9 @@ import torch
 from sklearn.linear_model import Ridge
 
 from keepsight.diagnosis.baselines import partners, place_score, split_images
-from keepsight.diagnosis.intervals import ratio_interval
 from keepsight.diagnosis.ridge import TEST, TRAIN, UNUSED, VALIDATION, fit_ridge
 from keepsight.diagnosis.similarity import Gram, agreement, debiased_cka, hsic
+from keepsight.results.intervals import ratio_interval
 
 
 def problem(images=60, each=20, noise=1.0, seed=0):

@@ -94,6 +94,7 @@ def test_it_warns_once_when_sight_is_lost():
         watched(lambda given, seed: given, looks=12)
 
 
+@pytest.mark.slow
 def test_in_a_trainer_without_pre(tmp_path):
     model, _ = llava_clip_llama()
     twin, _ = llava_clip_llama()

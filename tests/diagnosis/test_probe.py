@@ -76,7 +76,7 @@ def planted(n: int = 400, seed: int = 0):
 def test_planted_layers():
     layers, labels = planted()
     probe = fit_probes(lambda layer: layers[layer], range(4), labels, seed=1)
-    rows = probe_rows(probe, target="class", middle=2, seed=1)
+    rows = [row for row, _ in probe_rows(probe, target="class", middle=2, seed=1)]
     accuracy = {r.layer: r for r in rows if r.metric == "probe_accuracy" and not r.variant}
     assert accuracy[0].value == accuracy[1].value == 1.0
     assert 0.4 < accuracy[2].value < 0.9
@@ -113,7 +113,8 @@ def test_memory_bound_does_not_change_the_result(monkeypatch):
 def test_nothing_to_lose_gives_no_drop():
     layers, labels = planted()
     probe = fit_probes(lambda layer: layers[3 - layer], range(4), labels)
-    (drop,) = [r for r in probe_rows(probe, target="", middle=2, seed=0) if r.metric == "probe_drop"]
+    ((drop, each),) = [r for r in probe_rows(probe, target="", middle=2, seed=0) if r[0].metric == "probe_drop"]
+    assert each is None
     assert drop.value is None
     assert "is not above chance (0.250), so there is nothing to lose" in drop.note
 

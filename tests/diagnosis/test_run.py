@@ -145,6 +145,9 @@ def test_fidelity_equals_scikit_learn(result, world, parts, states):
             expected = 1 - ((model.predict(x[test]) - y[test]) ** 2).sum() / (y[test] ** 2).sum()
             assert row.value == pytest.approx(expected, abs=2e-4), (metric, layer)
             assert (row.n, row.low < row.value < row.high or layer == 0) == (5, True)
+            shares = result.per_image.of(row.key)
+            assert (~np.isnan(shares)).sum() == 5
+            assert np.nanmean(shares) == pytest.approx(row.value, abs=1e-6)
     assert value(result, "fidelity_input", 0).value > 0.999
     assert value(result, "fidelity", 0).value > value(result, "fidelity", 0, "another image, same place").value + 0.2
 
@@ -200,6 +203,18 @@ def test_every_layer_has_every_metric(result):
     }
     assert result.info["prompt"] == "<bos>USER: <image> Describe the picture.\nASSISTANT:"
     assert len(result.info["prompt_sha256"]) == 64
+
+
+def test_what_each_picture_adds_averages_to_the_number(result, world):
+    kept = result.per_image
+    assert kept is not None
+    rows = {row.key: row for row in result.rows}
+    assert set(kept.images) == {str(path.relative_to(world[0])) for path in world[0].rglob("*.png")}
+    metrics = {key.metric for key in kept.keys}
+    assert metrics >= {"probe_accuracy", "probe_drop", "cohesion", "coupling", "gap", "contrast", "token_homogeneity"}
+    for key in kept.keys:
+        if rows[key].value is not None:
+            assert np.nanmean(kept.of(key)) == pytest.approx(rows[key].value, rel=1e-5, abs=1e-5), key
 
 
 def test_saved_and_reported(result, tmp_path):

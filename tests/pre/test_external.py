@@ -5,7 +5,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 import keepsight
 from keepsight.pre import DeadLossError
@@ -32,6 +49,43 @@ def dino(tmp_path_factory):
         size={"shortest_edge": 14}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=DEVIATION
     ).save_pretrained(folder)
     return folder
+
+
+SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+TEXT_HALF = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+# Kind → how a tiny one is made, tokens before the patches, and where in what AutoModel loads the encoder is.
+ENCODERS = {
+    "dinov2": (
+        lambda: Dinov2Model(
+            Dinov2Config(
+                hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=PATCH
+            )
+        ),
+        1,
+        "",
+    ),
+    "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**SHAPE)), 1, ""),
+    "clip-with-text": (
+        lambda: CLIPModel(CLIPConfig(vision_config=SHAPE, text_config=TEXT_HALF, projection_dim=8)),
+        1,
+        "vision_model",
+    ),
+    "siglip": (lambda: SiglipVisionModel(SiglipVisionConfig(**SHAPE)), 0, ""),
+    "siglip-with-text": (
+        lambda: SiglipModel(SiglipConfig(vision_config=SHAPE, text_config=TEXT_HALF)),
+        0,
+        "vision_model",
+    ),
+    "vit": (lambda: ViTModel(ViTConfig(**SHAPE)), 1, ""),
+    "vit-classifier": (lambda: ViTForImageClassification(ViTConfig(**SHAPE)), 1, ""),  # has no pooler to load
+}
 
 
 LLAVA = make_llava(side=16, patch=4)
@@ -81,26 +135,45 @@ def test_pixels_are_the_encoders_own(dino):
     assert batch[POINTS].shape == (16, 2)
 
 
-def test_loss_is_the_cosine_to_the_features_at_the_same_place(dino):
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_loss_is_the_cosine_to_the_features_at_the_same_place(kind, tmp_path):
     """The 4 × 4 grid of tokens meets the encoder's 4 × 4 patches exactly, so nothing is interpolated."""
+    make, before, inside = ENCODERS[kind]
+    torch.manual_seed(5)
+    make().save_pretrained(tmp_path)
+    square = {"height": SIDE, "width": SIDE}
+    if kind == "dinov2":
+        settings = {"size": {"shortest_edge": 14}, "crop_size": square}
+        BitImageProcessor(**settings, image_mean=MEAN, image_std=DEVIATION).save_pretrained(tmp_path)
+    else:
+        ViTImageProcessor(size=square, image_mean=MEAN, image_std=DEVIATION).save_pretrained(tmp_path)
     model, batch = llava_clip_llama()
     model.train()
-    handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino), weight=1.0))
+    state = torch.get_rng_state()
+    handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(tmp_path), weight=1.0))
+    assert torch.equal(torch.get_rng_state(), state)  # λ = 0 and λ > 0 must draw the same afterwards
+    targets, observer = [], handle._forward.observers[2]
+    look = observer.look
+    observer.look = lambda prediction, target, *args, **kw: (
+        targets.append(target) or look(prediction, target, *args, **kw)
+    )
     images = [picture(i) for i in range(3)]
     extra = handle.prepare(images, LLAVA)
     out = model(**batch, **extra, output_hidden_states=True)
-    plain = AutoModel.from_pretrained(dino).eval()
+    plain = AutoModel.from_pretrained(tmp_path).eval().get_submodule(inside)
     with torch.no_grad():
-        own = plain(pixel_values=extra[PIXELS], output_hidden_states=True).hidden_states[-1][
-            :, 1:
-        ]  # without class token
+        own = plain(pixel_values=extra[PIXELS], output_hidden_states=True).hidden_states[-1][:, before:]
+    (target,) = targets
+    target = target.view(3, 16, WIDTH)
+    # The centres come from eight-bit colours, of which a patch is 64 wide, so a little of the next patch is in it.
+    off = (target - own).norm() / (own.roll(1, dims=1) - own).norm()
+    assert off < 0.05
     prediction = handle.head(out.hidden_states[2][batch["input_ids"] == IMAGE]).view(3, 16, WIDTH)
-    expected = -F.cosine_similarity(prediction, own, dim=-1).mean()
-    # The centres come from eight-bit colours: a patch is 64 grey values wide.
-    assert handle.loss.item() == pytest.approx(expected.item(), abs=5e-3)
+    expected = -F.cosine_similarity(prediction, target, dim=-1).mean()
+    assert handle.loss.item() == pytest.approx(expected.item(), abs=1e-6)
     handle.loss.backward()
     assert not any(p.requires_grad for p in handle._forward.source.external.model.parameters())
-    assert not any("dino" in name.lower() for name in model.state_dict())
+    assert not any(str(tmp_path) in name or "external" in name for name in model.state_dict())
 
 
 def test_pictures_that_do_not_fit_or_are_missing(dino):

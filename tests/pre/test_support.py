@@ -158,6 +158,7 @@ def page() -> str:
 
 
 @pytest.mark.skipif(bool(UNKNOWN), reason=f"this release of transformers does not know {UNKNOWN}")
+@pytest.mark.slow
 def test_the_page_is_what_the_models_say():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.pre.test_support --write"
 

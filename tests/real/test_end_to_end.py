@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from keepsight.evaluation.vqa import VqaItem, VqaResult, answer_accuracy, text_only_prior
+from keepsight.evaluation import Evaluation, Question, evaluate, text_only_prior
 from keepsight.results import Measurement, RunDirectory
-from keepsight.training.recipe import read_curves
+from keepsight.training.record import read_curves
 from keepsight.vlm.load import load_model
 from tests.real import fetch, pictures
 
@@ -89,13 +89,13 @@ def diagnosed(work, picture_set, trained) -> dict[str, RunDirectory]:
 
 
 @pytest.fixture(scope="module")
-def items(picture_set) -> dict[str, list[VqaItem]]:
+def items(picture_set) -> dict[str, list[Question]]:
     """Split → questions; those of the first held-out pictures only, because answering takes time."""
     found = {}
     for split in ("train", "test"):
         entries = json.loads((picture_set / split / "eval.json").read_text())
         found[split] = [
-            VqaItem(e["question"], e["answer"], picture_set / split / "images" / e["image"], e["kind"], e["image"])
+            Question(e["question"], e["answer"], picture_set / split / "images" / e["image"], e["kind"], e["image"])
             for e in entries
         ]
     chosen = list(dict.fromkeys(item.picture for item in found["test"]))[:ASKED_PICTURES]
@@ -104,8 +104,8 @@ def items(picture_set) -> dict[str, list[VqaItem]]:
 
 
 @pytest.fixture(scope="module")
-def answers(trained, items) -> dict[str, VqaResult]:
-    return {arm: answer_accuracy(*load_model(run), items["test"]) for arm, run in trained.items()}
+def answers(trained, items) -> dict[str, Evaluation]:
+    return {arm: evaluate(*load_model(run), items["test"]) for arm, run in trained.items()}
 
 
 def curve(run: Path, stage: str, name: str) -> list[float]:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from keepsight.report import verdict
-from keepsight.report.findings import difference
 from keepsight.results import LoadedRun, Measurement
 
 TARGETS = {"texture": "never asked", "shape": "asked"}
@@ -24,21 +23,6 @@ def probe(value: float, half: float, target: str = "texture", layer: int = 4, **
 
 def gap(value: float, half: float, layer: int = 4, **fields: Any) -> Measurement:
     return Measurement("gap", value, layer=layer, low=value - half, high=value + half, variant="centred", **fields)
-
-
-def test_difference_adds_the_distances_in_square() -> None:
-    """By hand: 0.8 − 0.5 = 0.3, below √(0.03² + 0.04²) = 0.05, above √(0.12² + 0.05²) = 0.13."""
-    before = Measurement("gap", 0.5, low=0.45, high=0.54)
-    after = Measurement("gap", 0.8, low=0.77, high=0.92)
-    found = difference(before, after)
-    assert found is not None
-    assert found == pytest.approx((0.3, 0.25, 0.43))
-
-
-def test_difference_needs_values_and_intervals() -> None:
-    whole = Measurement("gap", 0.5, low=0.4, high=0.6)
-    assert difference(whole, Measurement("gap", None, note="none")) is None
-    assert difference(whole, Measurement("gap", 0.75)) == (0.25, None, None)
 
 
 def test_two_runs_with_a_difference() -> None:

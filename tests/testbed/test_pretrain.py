@@ -24,6 +24,7 @@ def test_schedule_by_hand():
     assert s.rate(9) == pytest.approx(Schedule(20, 1, 1.0, horizon=22, rundown=4, warmup=2).rate(9) / 4)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     def fresh():
         return models.new_language_model("qwen2", 0)
@@ -106,6 +107,7 @@ def test_stages_need_the_ones_before(tmp_path):
         pretrain.run_stage("qwen2", tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_its_weights_load(tmp_path, monkeypatch, caplog):
     short = {name: Schedule(1, 2, 1e-3, horizon=1, rundown=1, warmup=1) for name in pretrain.STAGES}
     monkeypatch.setattr(pretrain, "STAGES", short)

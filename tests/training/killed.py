@@ -2,7 +2,7 @@
 
 POINT says where: step:S:N (at the end of step N of stage S); S:N:WHAT while checkpoint N of stage S is written, WHAT
 being weights or optimizer (half of it is on the disk), mark (all but the mark is) or removal (while the older
-checkpoint is removed); export (half of the final model is written).
+checkpoint is removed); export (half of the final model is written); or never.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from keepsight.commands import train as command
 from keepsight.training import checkpoints, recipe
+from tests.training.worker import shard_on_cpu
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -105,5 +106,8 @@ def kill_at(point: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kill_at(sys.argv[1])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpu()
+    if sys.argv[1] != "never":
+        kill_at(sys.argv[1])
     command.main(sys.argv[2:])

@@ -1,6 +1,7 @@
 """Two processes train like one: DDP in HF Trainer and in a plain loop, FSDP2; pictures on one process only."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(processes: int, mode: str, out: Path, *settings: str) -> dict:
+def run(processes: int, mode: str, out: Path, *settings: str, **environment: str) -> dict:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = (
         [*launch, "-m", "tests.training.worker"] if processes > 1 else [sys.executable, "-m", "tests.training.worker"]
     )
-    done = subprocess.run([*command, mode, str(out), *settings], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command += [mode, str(out), *settings]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

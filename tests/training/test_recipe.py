@@ -15,31 +15,14 @@ from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
 from keepsight.training import recipe
 from keepsight.training.checkpoints import latest
-from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
+from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
 from keepsight.training.freeze import parts, train_only
-from keepsight.training.recipe import read_curves, train
+from keepsight.training.recipe import train
+from keepsight.training.record import read_curves
 from tests.tiny import FAMILIES, llava
-from tests.tiny_processors import make_llava, save_llava
+from tests.tiny_processors import make_llava
+from tests.training.conftest import FULL, STEPS
 from tests.training.test_conversations import entry
-
-STEPS = StageConfig(batch_size=4, micro_batch_size=2, max_steps=3, lr=1e-2)
-FULL = StageConfig(train=("projector", "language_model"), batch_size=4, max_steps=3, lr=3e-3)
-QUIET = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-
-
-@pytest.fixture
-def setting(tmp_path: Path, pictures: Path) -> dict[str, Any]:
-    entries = [entry("<image>\nwhat color ?", color, image=f"{color}.png") for color in ("red", "blue")] * 4
-    entries += [entry("hello", "world"), entry("<image> <image>", "circle", image=["red.png", "blue.png"])]
-    (tmp_path / "data.json").write_text(json.dumps(entries), encoding="utf-8")
-    return {
-        "model": ModelConfig(path=str(save_llava(tmp_path / "start"))),
-        "data": DataConfig(conversations=str(tmp_path / "data.json"), image_folder=str(pictures), cache_megabytes=10),
-        "out": str(tmp_path / "run"),
-        "projector": STEPS,
-        "full": FULL,
-        "trainer": QUIET,
-    }
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,6 +69,7 @@ def test_each_stage_trains_its_parts_only(setting) -> None:
     assert changed(setting, third) == {"vision_tower"}
 
 
+@pytest.mark.slow
 def test_weight_zero_is_one_field_and_the_stage_switch_the_same(setting) -> None:
     """λ = 0, and PRe switched off in both stages, give the same weights bit for bit; λ = 0.5 gives others."""
     zero = train(TrainConfig(**setting, pre=PReConfig(weight=0.0)))
@@ -102,6 +86,7 @@ def test_weight_zero_is_one_field_and_the_stage_switch_the_same(setting) -> None
     assert with_pre.info["pre_layer"] == 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(setting) -> None:
     first = train(TrainConfig(**setting))
     second = train(TrainConfig(**{**setting, "out": setting["out"] + "2"}))
@@ -153,6 +138,7 @@ class Steps(TrainerCallback):
         self.seen.append(state.global_step)
 
 
+@pytest.mark.slow
 def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     config = TrainConfig(**{**setting, "projector": StageConfig(enabled=False)})
     processor = make_llava()
@@ -169,6 +155,7 @@ def test_two_arms_share_data_and_a_model_given_in_memory(setting) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_broken_pictures_are_counted_in_the_run(setting, pictures: Path) -> None:
     whole = (pictures / "wide.png").read_bytes()
     (pictures / "blue.png").write_bytes(whole[: len(whole) // 2])
@@ -225,6 +212,7 @@ def test_an_unknown_part() -> None:
         train_only(llava(patch=8), ["head"])
 
 
+@pytest.mark.slow
 def test_a_truncated_picture_costs_nothing_that_was_trained(setting, pictures) -> None:
     """Found before a step it leaves no folder behind; found later, the run goes on with --skip-broken."""
     whole = (pictures / "red.png").read_bytes()

@@ -14,14 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 from keepsight.training.checkpoints import WEIGHTS, latest
-from keepsight.training.recipe import read_curves
+from keepsight.training.record import read_curves
 from tests.tiny_processors import save_llava
 from tests.training.test_conversations import entry
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def recipe(folder: Path, pictures: Path) -> Path:
+def recipe(folder: Path, pictures: Path, **more: Any) -> Path:
     """Single pictures, so that the margin needs the one before; whitening, a schedule, two layers, a random control."""
     entries = [entry("<image>\nwhat color ?", color, image=f"{color}.png") for color in ("red", "blue")] * 4
     entries += [entry("hello", "world"), entry("<image> <image>", "circle", image=["red.png", "blue.png"])]
@@ -40,6 +40,7 @@ def recipe(folder: Path, pictures: Path) -> Path:
         "pre": {"layer": [1, 3], "normalise": "whitened", "warmup_steps": 8, "control": "shuffled_patches"},
         "save_steps": 2,
         "trainer": {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1},
+        **more,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     return folder / "recipe.yaml"
@@ -58,19 +59,28 @@ def run(module: str, *arguments: object, code: int = 0) -> str:
     return done.stderr
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tuple[Path, Path]:
+def started(folder: Path, **more: Any) -> tuple[Path, Path]:
     """A recipe, and the run of it that nobody stopped."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("resume")
     pictures = folder / "pictures"
     pictures.mkdir()
     for color in ("red", "blue"):
         Image.new("RGB", (16, 16), color).save(pictures / f"{color}.png")
-    made = recipe(folder, pictures)
+    made = recipe(folder, pictures, **more)
     run("keepsight", "train", made, "--out", folder / "whole")
     return made, folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, Path]:
+    return started(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> tuple[Path, Path]:
+    """With dropout, whose random state counts, and matrices that are drawn between the stages."""
+    return started(tmp_path_factory.mktemp("resume"), lora={"rank": 4, "dropout": 0.25})
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -109,8 +119,21 @@ def same(one: Any, two: Any) -> bool:
     ],
 )
 def test_killed_and_resumed_is_uninterrupted(world, tmp_path, point):
+    goes_on(world, tmp_path / "run", point)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["step:full:1", "full:4:optimizer", "step:full:5", "export"])
+def test_killed_and_resumed_is_uninterrupted_with_lora(adapted, tmp_path, point):
+    goes_on(adapted, tmp_path / "run", point)
+    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (adapted[1], tmp_path / "run"))
+    assert same(one, two)
+    assert any("lora_A" in name for name in one)
+
+
+def goes_on(world: tuple[Path, Path], out: Path, point: str) -> None:
+    """Kill a run, resume it, and compare all that it leaves behind with the run that nobody stopped."""
     made, whole = world
-    out = tmp_path / "run"
     run("tests.training.killed", point, made, "--out", out, code=-signal.SIGKILL)
     assert not json.loads((out / "run.json").read_text()).get("finished")
     run("keepsight", "train", made, "--out", out, "--resume")

@@ -241,6 +241,7 @@ def test_evaluation_is_untouched(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+@pytest.mark.slow
 def test_resuming_trainer_itself_gets_the_weights_back(tmp_path, family):
     """Whatever names the family has on disk: LLaVA's are others than in memory."""
     settings = {"batch": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 -m tests.training.worker MODE OUT
 
-MODE: trainer (HF Trainer with the mixin, DDP), loop (a plain loop, DDP), fsdp (a plain loop, FSDP2), with "-images"
-behind it for data where only one process ever has pictures, and further settings of PRe as name=value.
+MODE: trainer (HF Trainer with the mixin; DDP, or FSDP2 where the environment asks for it as `accelerate launch` does),
+loop (a plain loop, DDP), fsdp (a plain loop, FSDP2), with "-images" behind it for data where only one process ever has
+pictures, and further settings of PRe as name=value.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 import keepsight
+from keepsight.training.sharding import is_sharded
 from tests.tiny import llava_clip_llama
 from tests.training.test_trainer import PReTrainer, collate, samples, train
 
@@ -34,13 +38,33 @@ def data(one_sided: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate use FSDP2 between CPU processes.
+
+    It sees to FSDP only where processes have accelerators (`AcceleratorState.__init__` lists their kinds) and trains
+    under DDP otherwise, without a word. Named as one of those kinds, its whole FSDP2 path runs on gloo.
+    """
+    start = PartialState.__init__
+
+    def renamed(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        if self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_XPU
+
+    PartialState.__init__ = renamed
+
+
 def main(mode: str, out: str, *settings: str) -> None:
     torch.set_num_threads(1)
     values = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpu()
     kind, one_sided = mode.removesuffix("-images"), mode.endswith("-images")
     model, _ = llava_clip_llama()
     handle = keepsight.attach(model, keepsight.PReConfig(**values))
     rows = data(one_sided)
+    head_types: list[torch.dtype] = []
+    handle.head.register_forward_pre_hook(lambda head, _: head_types.append(head.up.weight.dtype))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "trainer":
         path = Path(out).with_suffix(".trainer")
@@ -49,13 +73,15 @@ def main(mode: str, out: str, *settings: str) -> None:
         rank = trainer.args.process_index
     else:
         log, rank = plain_loop(kind, model, handle, rows, processes), int(os.environ.get("RANK", "0"))
+    parameters = {  # gathered by all processes
+        name: getattr(p, "full_tensor", lambda p=p: p)().detach().double().norm().item()
+        for name, p in model.named_parameters()
+        if kind != "fsdp" or processes == 1
+    }
     if rank == 0:
-        parameters = {
-            name: getattr(p, "full_tensor", lambda p=p: p)().double().norm().item()
-            for name, p in model.named_parameters()
-            if kind != "fsdp" or processes == 1
-        }
-        Path(out).write_text(json.dumps({"log": log, "parameters": parameters}))
+        head = str(head_types[-1]) if head_types else None
+        found = {"head": head, "log": log, "parameters": parameters, "sharded": is_sharded(model)}
+        Path(out).write_text(json.dumps(found))
 
 
 def plain_loop(kind: str, model: Any, handle: Any, rows: list[Any], processes: int) -> list[dict[str, float]]:

@@ -174,6 +174,7 @@ def test_batches_without_pictures_give_no_tokens():
     assert {layer: tuple(state.shape) for layer, state in taken.states.items()} == {0: (0, 32), 4: (0, 32)}
 
 
+@pytest.mark.slow
 def test_a_model_compiled_before_says_so():
     """Hooks put on after the first compiled call are passed by."""
     model, batch = llava_clip_llama()

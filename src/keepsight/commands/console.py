@@ -1,7 +1,11 @@
-"""What the commands share: the terminal, and silence from libraries."""
+"""What the commands share: the terminal, silence from libraries, the device, the run that a model comes from."""
+
+from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,3 +19,34 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def device_named(name: str) -> str:
+    """The device to compute on, refused before the model is loaded if it cannot be used."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as cause:  # which of them, depends on the back-end
+        reason = str(cause).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device is {name!r}, which cannot be used here ({reason}); allowed: 'auto', 'cpu', or a device of this "
+            "machine such as 'cuda' or 'cuda:1'."
+        ) from cause
+    return name
+
+
+def training_run(model: Path) -> dict[str, Any]:
+    """Label, PRe layer and seed of the training run whose `model` this is; empty if it is no run's."""
+    from keepsight.results import RunDirectory
+
+    try:
+        run = RunDirectory.open(model.parent)
+    except (OSError, ValueError):  # the model is what was asked for; what lies beside it need not be keepsight's
+        return {}
+    layer = run.info.get("pre_layer")
+    if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
+        return {}
+    return {"label": run.label, "pre_layer": layer, "training_seed": run.info.get("seed")}

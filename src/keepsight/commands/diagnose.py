@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
 
     # A folder that cannot take the run is refused before the work, not after it.
     RunDirectory.check(config.out, kind="diagnosis", overwrite=config.overwrite)
-    from keepsight.commands.console import console, quiet
+    from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
     from keepsight.diagnosis import METRICS, diagnose
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
 
     metrics = wanted_metrics(METRICS if config.metrics == "all" else _listed(config.metrics))
     nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
-    device = _device(config.device)
+    device = device_named(config.device)
     images = _images(config.images)
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     if config.initial:
         first, _ = load_model(config.initial, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
         first.to(device)
-    trained = _training_run(Path(model_folder(config.model)))
+    trained = training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
         model,
@@ -134,6 +134,8 @@ def main(arguments: Sequence[str]) -> None:
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )
+    if trained.get("training_seed") is not None:
+        result.info["training_seed"] = trained["training_seed"]
     run = result.save(config.out, overwrite=config.overwrite, config=config, report=True)
     console.print(table([run]))
     for reason in run.info.get("skipped", []):
@@ -177,23 +179,6 @@ def _listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _device(name: str) -> str:
-    """The device to compute on, refused before the model is loaded if it cannot be used."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name).cpu()
-    except (RuntimeError, AssertionError, ImportError) as cause:  # which of them, depends on the back-end
-        reason = str(cause).strip().split("\n")[0].rstrip(".")
-        raise ValueError(
-            f"device is {name!r}, which cannot be used here ({reason}); allowed: 'auto', 'cpu', or a device of this "
-            "machine such as 'cuda' or 'cuda:1'."
-        ) from cause
-    return name
-
-
 def _images(path: str) -> Any:
     """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
     folder = Path(path)
@@ -213,17 +198,3 @@ def _images(path: str) -> Any:
             f"--images {folder / (names or ['train'])[0]}"
         )
     return load_from_disk(str(folder / names[0]))
-
-
-def _training_run(model: Path) -> dict[str, Any]:
-    """Label and PRe layer of the training run whose `model` this is; empty if it is no run's."""
-    from keepsight.results import RunDirectory
-
-    try:
-        run = RunDirectory.open(model.parent)
-    except (OSError, ValueError):  # the model is what was asked for; what lies beside it need not be keepsight's
-        return {}
-    layer = run.info.get("pre_layer")
-    if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
-        return {}
-    return {"label": run.label, "pre_layer": layer}

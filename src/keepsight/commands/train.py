@@ -3,6 +3,8 @@
 import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -20,16 +22,26 @@ def read(arguments: Sequence[str]) -> Namespace:
     """The values of all flags."""
     parser = ArgumentParser(
         prog="keepsight train",
-        usage="keepsight train RECIPE.yaml [--pre.layer 16] [--FIELD VALUE …] [--resume] [--print-config]",
+        usage="keepsight train RECIPE.yaml [OVERRIDE.yaml …] [--pre.layer 16] [--FIELD VALUE …] [--resume] "
+        "[--print-config]",
         description="Train in two stages, LLaVA's: the projector, then the projector with the language model. "
         "Any field of the recipe is a flag. --pre.weight 0 trains without PRe.",
     )
-    parser.add_argument("--config", action="config", help="The recipe, also as the first argument.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="The recipe, also as the first argument. A later file overrides an earlier one.",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="Go on where the run in --out stopped; start it where there is none."
     )
     add_fields(parser, TrainConfig)
-    return parser.parse_args(normalise(arguments or ["--help"], TrainConfig))
+    given = normalise(arguments or ["--help"], TrainConfig)
+    recipes = [file for flag, file in pairwise(given) if flag == "--config"]
+    recipes += [argument.removeprefix("--config=") for argument in given if argument.startswith("--config=")]
+    if recipes:  # every recipe, and every recipe with its overrides, has a folder of its own
+        parser.set_defaults(out=str(Path("runs", "+".join(Path(file).stem for file in recipes))))
+    return parser.parse_args(given)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,13 +53,14 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.commands.console import console, quiet
 
     quiet()
-    from keepsight.training.recipe import MODEL, read_curves, train
+    from keepsight.training.recipe import train
+    from keepsight.training.record import MODEL, PROGRESS, read_curves
 
     run = train(config, resume=values.resume)
     for name in config.stages():
         console.print(f"stage {name}: {_last(read_curves(run.path), name)}", markup=False)
     for what, count in run.info["counts"].items():
-        if what.split(": ")[1] not in ("entries", "steps", "parameters trained"):
+        if what.split(": ")[1] not in PROGRESS:
             console.print(f"{what}: {count}", style="yellow", markup=False)
     console.print(f"model and processor: {run.path / MODEL}", markup=False)
     console.print(f"next: keepsight diagnose {shlex.quote(str(run.path))} --images DIR --out DIR", markup=False)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from keepsight.diagnosis.accumulate import BLOCK, Accumulator
 from keepsight.diagnosis.baselines import partners, place_score, split_images
-from keepsight.diagnosis.intervals import mean_interval, ratio_interval
 from keepsight.diagnosis.ridge import TEST, TRAIN, UNUSED, VALIDATION, Fit, Score, Sums, directions, fit_ridge
 from keepsight.diagnosis.spectrum import CovarianceSums, spectrum
 from keepsight.diagnosis.store import LayerStore
-from keepsight.results import Measurement
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.results.intervals import mean_interval, ratio_interval, ratio_shares
 
 OTHER, PLACE = "another image, same place", "position only"
 DIRECTIONS = 128  # of a wider h[0], which would cost more than everything else
@@ -35,10 +35,12 @@ class Fidelity:
 
     Args:
         accumulator: after the main pass.
+        per_image: takes what each test image adds to each number.
         seed: of the split of the images.
     """
 
-    def __init__(self, accumulator: Accumulator, seed: int) -> None:
+    def __init__(self, accumulator: Accumulator, per_image: PerImageBuilder, seed: int) -> None:
+        self.per_image = per_image
         self.accumulator = accumulator
         self.seed = seed
         self.image, _, self.place = accumulator.sample
@@ -97,7 +99,6 @@ class Fidelity:
         """Fidelity of the layer in this position, with and without its sinks."""
         if not self.stores:
             return []
-        found = self._measure(position, self.part, "all", self.by_place)
         known = self.accumulator.calibration[self.accumulator.layers[position]]
         heavy = np.concatenate(
             [
@@ -105,8 +106,10 @@ class Fidelity:
                 for _, x in self.accumulator.blocks(position)
             ]
         )
-        if not heavy.any() and not known.sink_channels:
-            return found + [_renamed(row) for row in found]
+        self._no_sinks = not heavy.any() and not known.sink_channels
+        found = self._measure(position, self.part, "all", self.by_place)
+        if self._no_sinks:
+            return found + [replace(row, tokens="without sinks") for row in found]
         part = np.where(heavy, UNUSED, self.part)
         if {TRAIN, VALIDATION, TEST} - set(part):
             why = "too few tokens are no sinks"
@@ -156,7 +159,16 @@ class Fidelity:
             said = "; ".join(filter(None, [lost.note, note]))
             first = Measurement(name, 1 - lost.value, low=low, high=high, n=n, note=said, **common)
         said = "; ".join(filter(None, [cosine.note, note]))
-        return [first, Measurement(f"{name}_cosine", **cosine.fields, n=defined, note=said, **common)]
+        second = Measurement(f"{name}_cosine", **cosine.fields, n=defined, note=said, **common)
+        if first.value is not None:
+            self._keep(first, 1 - ratio_shares(score.error, score.spread), score.images)
+        self._keep(second, score.cosine, score.images)
+        return [first, second]
+
+    def _keep(self, row: Measurement, values: np.ndarray, images: np.ndarray) -> None:
+        self.per_image.add(row.key, values, images)
+        if row.tokens == "all" and self._no_sinks:
+            self.per_image.add(replace(row, tokens="without sinks").key, values, images)
 
     def _read(self, name: str, rows: np.ndarray) -> Tensor:
         store, position = self.stores[name]
@@ -187,7 +199,3 @@ def _note(fit: Fit, score: Score) -> str:
     if fit.constant or score.constant:
         parts.append(f"constant channels left out: {fit.constant} of the layer, {score.constant} of the target")
     return "; ".join(parts)
-
-
-def _renamed(row: Measurement) -> Measurement:
-    return replace(row, tokens="without sinks")

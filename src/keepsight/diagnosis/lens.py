@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.diagnosis.intervals import Estimate, mean_interval, ratio_interval
 from keepsight.results import Measurement
+from keepsight.results.intervals import Estimate, mean_interval, ratio_interval
 from keepsight.vlm import Vlm
 
 LAYERS = 11  # that the lens looks at, of more evenly spread ones

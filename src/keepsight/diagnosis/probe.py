@@ -75,10 +75,11 @@ class Probe:
 
     layers: [P]; validation: [P] accuracy at the chosen strength; l2: [P]; correct: bool [P, n_test];
     shuffled: bool [P, n_test], the same protocol trained on shuffled labels; majority: bool [n_test], whether the most
-    frequent training class is the right answer.
+    frequent training class is the right answer; test: [n_test], which of the images these are.
     """
 
     layers: list[int]
+    test: np.ndarray
     validation: np.ndarray
     l2: np.ndarray
     correct: np.ndarray
@@ -129,6 +130,7 @@ def fit_probes(
     majority = torch.bincount(y[split.train], minlength=len(names)).argmax()
     return Probe(
         layers=list(layers),
+        test=split.test,
         validation=validation,
         l2=strength,
         correct=correct,
@@ -202,16 +204,23 @@ def drop_with_interval(
     return float((first.mean() - layer.mean()) / (first.mean() - majority.mean())), float(low), float(high)
 
 
-def probe_rows(probe: Probe, *, target: str, middle: int | None, seed: int) -> list[Measurement]:
-    """The rows of one label set. `middle`: the layer of probe_drop, None if it was not captured."""
+def probe_rows(
+    probe: Probe, *, target: str, middle: int | None, seed: int
+) -> list[tuple[Measurement, np.ndarray | None]]:
+    """The rows of one label set, each with what every test image adds to it (None: nothing can be said).
+
+    `middle`: the layer of probe_drop, None if it was not captured.
+    """
     n = probe.correct.shape[1]
     common: dict[str, Any] = {"n": n, "target": target, "seed": seed}
 
-    def share(metric: str, answers: np.ndarray, **fields: Any) -> Measurement:
+    def share(metric: str, answers: np.ndarray, **fields: Any) -> tuple[Measurement, np.ndarray]:
         low, high = wilson(int(answers.sum()), n)
-        return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields)
+        return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields), answers
 
-    rows = [share("probe_chance", probe.majority, note="most frequent training class")]
+    rows: list[tuple[Measurement, np.ndarray | None]] = [
+        share("probe_chance", probe.majority, note="most frequent training class")
+    ]
     for i, layer in enumerate(probe.layers):
         note = f"L2 {probe.l2[i]:.2g}"
         rows.append(share("probe_accuracy", probe.correct[i], layer=layer, note=note))
@@ -226,10 +235,10 @@ def probe_rows(probe: Probe, *, target: str, middle: int | None, seed: int) -> l
     return rows
 
 
-def _drop_row(probe: Probe, metric: str, i: int, common: dict) -> Measurement:
+def _drop_row(probe: Probe, metric: str, i: int, common: dict) -> tuple[Measurement, np.ndarray | None]:
     layer = probe.layers[i]
     if 0 not in probe.layers:
-        return Measurement(metric, None, layer=layer, note="layer 0 was not captured", **common)
+        return Measurement(metric, None, layer=layer, note="layer 0 was not captured", **common), None
     first, n = probe.correct[probe.layers.index(0)], probe.correct.shape[1]
     low, _ = wilson(int(first.sum()), n)
     chance = float(probe.majority.mean())
@@ -238,7 +247,12 @@ def _drop_row(probe: Probe, metric: str, i: int, common: dict) -> Measurement:
             f"accuracy at layer 0 ({first.mean():.3f}, interval from {low:.3f}) is not above chance ({chance:.3f}), so "
             "there is nothing to lose"
         )
-        return Measurement(metric, None, layer=layer, note=note, **common)
+        return Measurement(metric, None, layer=layer, note=note, **common), None
     value, low, high = drop_with_interval(first, probe.correct[i], probe.majority, common["seed"])
     note = "layer chosen on validation, scored on test" if metric == "probe_worst_layer" else ""
-    return Measurement(metric, value, layer=layer, low=low, high=high, note=note, **common)
+    row = Measurement(metric, value, layer=layer, low=low, high=high, note=note, **common)
+    # The ratio's linearisation, image by image.
+    above = first.mean() - chance
+    share = (first - first.mean()) - (probe.correct[i] - probe.correct[i].mean())
+    share = share - value * ((first - first.mean()) - (probe.majority - chance))
+    return row, value + share / above

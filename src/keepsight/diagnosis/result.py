@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keepsight.results import Example, LoadedRun, Measurement, RunDirectory
+from keepsight.results import Example, LoadedRun, Measurement, PerImage, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,14 @@ class Diagnosis:
     """The numbers of one model on one set of pictures.
 
     rows: the measurements; info: what made them (label, model, depth, prompt, seed, counts, …); config: the arguments;
-    examples: a few of the pictures, for the report.
+    examples: a few of the pictures, for the report; per_image: what each picture adds to each number.
     """
 
     rows: list[Measurement]
     info: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+    per_image: PerImage | None = None
 
     def table(self) -> Any:
         """A rich table of the rows."""
@@ -32,7 +33,9 @@ class Diagnosis:
         """Write one HTML file."""
         from keepsight.report import build
 
-        return build([LoadedRun(self.info["label"], self.rows, self.info, "", self.examples)], Path(path))
+        return build(
+            [LoadedRun(self.info["label"], self.rows, self.info, "", self.examples, self.per_image)], Path(path)
+        )
 
     def save(
         self, run_directory: str | Path, *, overwrite: bool = False, config: Any = None, report: bool = False
@@ -49,7 +52,19 @@ class Diagnosis:
             StorageError: it cannot be written.
         """
         model = self.info["model"]
-        kept = ("depth", "width", "pre_layer", "prompt", "seed", "counts", "targets", "command", "family", "skipped")
+        kept = (
+            "depth",
+            "width",
+            "pre_layer",
+            "prompt",
+            "seed",
+            "counts",
+            "targets",
+            "command",
+            "family",
+            "skipped",
+            "training_seed",
+        )
         known = {name: self.info[name] for name in kept if name in self.info}
         with RunDirectory.staged(
             run_directory,
@@ -63,6 +78,8 @@ class Diagnosis:
             run.write_rows(self.rows)
             run.write_config(self.config if config is None else config)
             run.write_examples(self.examples)
+            if self.per_image is not None:
+                run.write_per_image(self.per_image)
             if report:
                 from keepsight.report import build
 

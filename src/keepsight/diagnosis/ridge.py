@@ -49,12 +49,13 @@ class Scale:
 class Score:
     """How one target was predicted on the test tokens.
 
-    strength: α; error, spread: [n_images] sums of squared errors and of squared deviations from the training mean, over
-    each image's test tokens; cosine: [n_images] mean cosine of prediction and target; zero tokens give NaN;
-    constant: the target's channels left out.
+    strength: α; images: [n_images], those with test tokens; error, spread: [n_images] sums of squared errors and of
+    squared deviations from the training mean, over each image's test tokens; cosine: [n_images] mean cosine of
+    prediction and target, NaN where all are zero; constant: the target's channels left out.
     """
 
     strength: float
+    images: np.ndarray
     error: np.ndarray
     spread: np.ndarray
     cosine: np.ndarray
@@ -123,7 +124,7 @@ def fit_ridge(
             tables[name] += per_image(z @ maps[name], scales[name](read(rows)), owner, images)
     tested = np.unique(image[part == TEST])
     scores = {
-        name: score_of(float(alphas[chosen[name]]), table[:, tested], scales[name].constant)
+        name: score_of(float(alphas[chosen[name]]), table, tested, scales[name].constant)
         for name, table in tables.items()
     }
     return Fit(scores, int(sums.count), int((part == TEST).sum()), scale.constant)
@@ -143,10 +144,11 @@ def per_image(prediction: Tensor, truth: Tensor, owner: np.ndarray, images: int)
     return np.stack([np.bincount(owner, column.cpu().numpy(), minlength=images) for column in columns])
 
 
-def score_of(strength: float, table: np.ndarray, constant: int) -> Score:
-    """From the sums of `per_image`."""
+def score_of(strength: float, table: np.ndarray, images: np.ndarray, constant: int) -> Score:
+    """From the sums of `per_image`, of these images."""
+    table = table[:, images]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Score(strength, table[0], table[1], table[2] / table[3], constant)
+        return Score(strength, images, table[0], table[1], table[2] / table[3], constant)
 
 
 class Sums:

@@ -13,7 +13,7 @@ from keepsight.diagnosis.passes import on_device
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.similarity import Similarity
 from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
-from keepsight.results import Measurement
+from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm
 
 METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps")
@@ -41,6 +41,7 @@ def all_rows(
     labels: Mapping[str, Sequence[str | None]],
     done: Sequence[int],
     middle: int,
+    per_image: PerImageBuilder,
     *,
     seed: int,
     has_masks: bool,
@@ -50,9 +51,11 @@ def all_rows(
     """Every row of the groups in `wanted`; the other arguments are as in `target_rows` and `missing_structure`."""
     rows: list[Measurement] = []
     if "probes" in wanted:
-        rows += target_rows(accumulator, labels, done, middle, seed=seed, progress=progress, unlabelled=unlabelled)
+        rows += target_rows(
+            accumulator, labels, done, middle, per_image, seed=seed, progress=progress, unlabelled=unlabelled
+        )
     unwanted = () if "structure" in wanted else STRUCTURE
-    rows += [row for row in image_rows(accumulator, seed=seed) if row.metric not in unwanted]
+    rows += [row for row in image_rows(accumulator, per_image, seed=seed) if row.metric not in unwanted]
     for group, metric in (("structure", "gap"), ("bleeding", "bleeding")):
         if group in wanted:
             rows += missing_structure(accumulator, has_masks, loader.mask_values, metric=metric, seed=seed)
@@ -61,7 +64,7 @@ def all_rows(
         for position in tracked(positions, "spectrum", progress):
             rows += spectrum_rows(accumulator, position, seed=seed)
     if "fidelity" in wanted:
-        fidelity = Fidelity(accumulator, seed)
+        fidelity = Fidelity(accumulator, per_image, seed)
         similarity = Similarity(accumulator, seed)
         rows += fidelity.general_rows()
         for position in tracked(positions, "fidelity", progress):

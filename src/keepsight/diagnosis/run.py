@@ -21,7 +21,7 @@ from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, wanted_metrics
 from keepsight.diagnosis.summary import too_small
-from keepsight.results import Measurement, fingerprint, prompt_hash, versions
+from keepsight.results import Measurement, PerImage, PerImageBuilder, fingerprint, prompt_hash, versions
 from keepsight.results.maps import SimilarityMap
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
@@ -106,7 +106,7 @@ def diagnose(
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
     encoder = _initial(initial, vlm)
 
-    def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int]]:
+    def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int], PerImage]:
         with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
             accumulator, done = measure(
                 vlm,
@@ -119,6 +119,7 @@ def diagnose(
                 bleeding="bleeding" in wanted,
                 progress=progress,
             )
+            per_image = PerImageBuilder([pictures.items[index].name for index in done])
             rows = all_rows(
                 vlm,
                 loader,
@@ -127,14 +128,15 @@ def diagnose(
                 pictures.labels,
                 done,
                 vlm.resolve_layer("middle"),
+                per_image,
                 seed=seed,
                 has_masks=has_masks,
                 unlabelled=pictures.unlabelled,
                 progress=progress,
             )
-        return rows, accumulator, done
+        return rows, accumulator, done, per_image.finish()
 
-    rows, accumulator, done = look(vlm, loader)
+    rows, accumulator, done, per_image = look(vlm, loader)
     shown = choose_examples(pictures, done)
     maps: list[SimilarityMap | None] = [None] * len(shown)
     if "maps" in wanted:
@@ -180,7 +182,7 @@ def diagnose(
         "exact": exact,
         "calibration_images": calibration_images,
     }
-    return Diagnosis(rows, info, config, open_examples(pictures, shown, split_components, maps))
+    return Diagnosis(rows, info, config, open_examples(pictures, shown, split_components, maps), per_image)
 
 
 def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:

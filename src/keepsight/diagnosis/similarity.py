@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.diagnosis.intervals import Estimate, mean_interval
 from keepsight.diagnosis.spectrum import GROUPS, jackknife
 from keepsight.results import Measurement
+from keepsight.results.intervals import Estimate, mean_interval
 
 IMAGES = 500  # at most, a seeded subset: the Gram matrices are images × images
 NEIGHBOURS = 10

@@ -16,7 +16,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from keepsight.diagnosis.intervals import Estimate
+from keepsight.results.intervals import Estimate
 
 GROUPS = 10  # jackknife groups of images
 SHARES = (0.90, 0.95, 0.99)

@@ -10,30 +10,34 @@ import numpy as np
 import torch
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
-from keepsight.diagnosis.intervals import Estimate, mean_interval, ratio_interval
 from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.spectrum import spectrum
-from keepsight.results import Measurement
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.results.intervals import Estimate, mean_interval, ratio_shares
 
 NEAR_ZERO = 0.05  # a coupling below this makes the contrast ratio meaningless
 
 
-def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> Estimate:
-    """Ratio of the data-set means with a linearised 95 % interval; None where the coupling is near zero."""
-    defined = ~np.isnan(cohesion) & ~np.isnan(coupling)
-    cohesion, coupling = cohesion[defined].astype(np.float64), coupling[defined].astype(np.float64)
-    if not len(coupling):
-        return Estimate(None, note="no image has a value")
-    if coupling.mean() < NEAR_ZERO:
-        return Estimate(
-            None, note=f"coupling {coupling.mean():.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
-        )
-    return ratio_interval(cohesion, coupling)
+def contrast_interval(cohesion: np.ndarray, coupling: np.ndarray) -> tuple[Estimate, np.ndarray]:
+    """Ratio of the data-set means with a linearised 95 % interval, and what each image adds to it.
+
+    None where the coupling is near zero; images then add NaN.
+    """
+    nothing = np.full(len(cohesion), np.nan)
+    both = ~np.isnan(cohesion) & ~np.isnan(coupling)
+    if not both.any():
+        return Estimate(None, note="no image has a value"), nothing
+    below = float(coupling[both].mean(dtype=np.float64))
+    if below < NEAR_ZERO:
+        why = f"coupling {below:.3f} is below {NEAR_ZERO}: a ratio to it says nothing; see the gap"
+        return Estimate(None, note=why), nothing
+    each = ratio_shares(cohesion, coupling)
+    return mean_interval(each), each
 
 
-def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
-    """Norms, sinks, homogeneity and patch structure of every layer."""
+def image_rows(accumulator: Accumulator, per_image: PerImageBuilder, *, seed: int) -> list[Measurement]:
+    """Norms, sinks, homogeneity and patch structure of every layer; each picture's share goes to `per_image`."""
     rows: list[Measurement] = []
     skipped = accumulator.skipped_objects
     note = f"{accumulator.objects} objects" + (
@@ -44,7 +48,9 @@ def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
         columns = {name: table[:, i] for i, name in enumerate(COLUMNS)}
         base: dict[str, Any] = {"layer": layer, "seed": seed}
         channels = accumulator.calibration[layer].sink_channels
-        rows.append(Measurement("sink_tokens", **mean_interval(columns["sink_tokens"]).fields, **base, n=len(table)))
+        sinks = columns["sink_tokens"]
+        rows.append(Measurement("sink_tokens", **mean_interval(sinks).fields, **base, n=len(table)))
+        per_image.add(rows[-1].key, sinks)
         rows.append(
             Measurement("sink_channels", channels, **base, n=accumulator.width, unit="channels", note="by calibration")
         )
@@ -53,11 +59,15 @@ def image_rows(accumulator: Accumulator, *, seed: int) -> list[Measurement]:
                 name.partition("|")[2]: column for name, column in columns.items() if name.startswith(f"{scope}|")
             }
             present = {name: column for name, column in values.items() if not np.isnan(column).all()}
-            rows += _scope_rows(present, {**base, "tokens": scope}, note)
+            for row, contributions in _scope_rows(present, {**base, "tokens": scope}, note):
+                rows.append(row)
+                per_image.add(row.key, contributions)
     return rows
 
 
-def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[Measurement]:
+def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[tuple[Measurement, np.ndarray]]:
+    """Rows, and what each picture adds to them."""
+
     def row(metric: str, variant: str, found: Estimate, column: np.ndarray, said: str = "") -> Measurement:
         n = int((~np.isnan(column)).sum())
         text = "; ".join(filter(None, [found.note, said]))
@@ -66,14 +76,15 @@ def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterabl
     for name, column in values.items():
         metric, _, variant = name.partition("/")
         said = note if metric in ("cohesion", "coupling", "bleeding") else ""
-        yield row(metric, variant, mean_interval(column), column, said)
+        yield row(metric, variant, mean_interval(column), column, said), column
     for variant in ("raw", "centred"):
         if f"cohesion/{variant}" in values:
             cohesion, coupling = values[f"cohesion/{variant}"], values[f"coupling/{variant}"]
             gap = cohesion.astype(np.float64) - coupling
-            yield row("gap", variant, mean_interval(gap), gap, note)
+            yield row("gap", variant, mean_interval(gap), gap, note), gap
             if variant == "raw":
-                yield row("contrast", variant, contrast_interval(cohesion, coupling), gap, note)
+                contrast, each = contrast_interval(cohesion, coupling)
+                yield row("contrast", variant, contrast, gap, note), each
 
 
 def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list[Measurement]:
@@ -113,6 +124,7 @@ def target_rows(
     labels: Mapping[str, Sequence[str | None]],
     done: Sequence[int],
     middle: int,
+    per_image: PerImageBuilder,
     *,
     seed: int,
     progress: bool = False,
@@ -147,7 +159,10 @@ def target_rows(
             return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
 
         probe = fit_probes(read, accumulator.layers, names, seed=seed)
-        rows += probe_rows(probe, target=target, middle=middle, seed=seed)
+        for row, contributions in probe_rows(probe, target=target, middle=middle, seed=seed):
+            rows.append(row)
+            if contributions is not None:
+                per_image.add(row.key, contributions, np.asarray(positions)[probe.test])
     return rows
 
 

@@ -32,21 +32,27 @@ class AnchorSource:
         self.external: ExternalEncoder | None = None
         self.hooks: list[Any] = []
         self._projector_input: ProjectorInput | None = None
+        self._decay: float | None = None
         if not config.active:
             return
         if self.kind in ("pre_projector", "encoder"):
             self.width = _encoder_width(vlm)
             self._projector_input = ProjectorInput(vlm)
             self.hooks.append(self._projector_input.hook)
-        if self.kind == "moving_average":
-            self.teacher = Teacher(vlm, config.anchor_decay)
-        if self.kind == "encoder":
-            teacher = Teacher(vlm, decay=1.0)
-            self.teacher = teacher if teacher.names else None
+        self._decay = {"moving_average": config.anchor_decay, "encoder": 1.0}.get(self.kind)
+        self.follow()
         if self.kind == "external":
             assert config.anchor_model is not None
             self.external = ExternalEncoder(config.anchor_model, config.anchor_layer)
             self.width = self.external.width
+
+    def follow(self) -> Teacher | None:
+        """Hold what learns now and is not held yet; returns `teacher`, None where the anchor needs none."""
+        if self._decay is not None:
+            teacher = self.teacher or Teacher(self._decay)
+            teacher.hold(self.vlm)
+            self.teacher = teacher if teacher.names or self.kind == "moving_average" else None
+        return self.teacher
 
     def empty(self, device: torch.device) -> Tensor:
         """The anchor of no tokens."""

@@ -37,9 +37,11 @@ class ExternalEncoder:
     def __init__(self, name: str, layer: int = -1) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
+        with torch.random.fork_rng(devices=[]):  # what a checkpoint lacks is drawn, and training must not notice
+            model, report = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
         model = getattr(model, "vision_model", model)  # CLIP and SigLIP: the half that sees
-        missing = sorted(key for key in report["missing_keys"] if "position_ids" not in key)
+        # A classifier's checkpoint (ViT) has no pooler; hidden states do not need one.
+        missing = sorted(key for key in report["missing_keys"] if not {"position_ids", "pooler"} & set(key.split(".")))
         if missing:
             raise ValueError(
                 f"{name!r} lacks the weights of {missing[:3]} ({len(missing)} in all), so the anchor would be partly "

@@ -153,9 +153,14 @@ class ForwardPass:
         assert self._index is not None
         return hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))
 
-    def _take_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = hidden_states_in(args, kwargs)
         if self._tokens is not None:
-            self._inputs = self._gather(hidden_states_in(args, kwargs).detach())  # stop-gradient
+            self._inputs = self._gather(hidden.detach())  # stop-gradient
+        if not (module.training and torch.is_grad_enabled() and isinstance(self.vlm.base, FSDPModule)):
+            return None
+        hidden = connected(hidden, self._sharded_zero())
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _take_state(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._tokens is None:
@@ -176,10 +181,9 @@ class ForwardPass:
         if not self.inject:
             self.loss_sum = self._loss_of(self.layers)
             if dist.is_available() and dist.is_initialized():
-                zero = self.loss_sum + self._sharded_zero()
                 for name in ("last_hidden_state", "logits", "loss"):  # the latter two where the core has the LM head
                     if getattr(output, name, None) is not None:
-                        setattr(output, name, connected(getattr(output, name), zero))
+                        setattr(output, name, connected(getattr(output, name), self.loss_sum))
         self.in_step += 1
         seen = Seen.mean(list(self.seen.values()))
         if seen.images or seen.had_pixels:
@@ -188,16 +192,15 @@ class ForwardPass:
         self._extra = {}
         return output
 
-    def _sharded_zero(self) -> Tensor | float:
-        """Under FSDP2, a zero connected to what learns between pixels and decoder.
+    def _sharded_zero(self) -> Tensor:
+        """A zero connected to what learns between pixels and decoder, for the decoder's input under FSDP2.
 
-        It reduces the gradients of a group of parameters together, and waits for ever where a process without
-        pictures has none for them; so every process gives all of them one.
+        Its processes gather each layer's weights and reduce each group's gradients together, and wait for ever for one
+        that without a picture has no gradient to send there, or none to send back. So every process sends all of them
+        one, with PRe or without.
         """
-        if not isinstance(self.vlm.base, FSDPModule):
-            return 0.0
         parts = [parameter.sum().float() for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
-        return 0.0 * torch.stack(parts).sum() if parts else 0.0
+        return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
     def _loss_of(self, layers: list[int]) -> Tensor:
         """Loss of these layers by their shares, summed over the pictures of this forward."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -101,6 +102,21 @@ class Handle(TrainerCallback):
         """λ at the present step."""
         return self.config.weight_at(self.steps)
 
+    def set_weight(self, weight: float, *, observe: bool = False) -> None:
+        """Another λ from now on; the head and the count of steps go on.
+
+        Raises:
+            ValueError: for a λ that `PReConfig` refuses, or where PRe would begin or cease to train its head: that
+                takes another `attach`.
+        """
+        wanted = replace(self.config, weight=weight, observe=observe)
+        if wanted.active != self.config.active:
+            now = "learns" if self.config.active else "rests"
+            raise ValueError(
+                f"weight is {weight}, observe is {observe}, and the head {now}: detach and attach again to change that."
+            )
+        self.config = self._forward.config = wanted
+
     @property
     def loss(self) -> Tensor:
         """``λ · L_PRe`` of the latest forward (scalar float32); a zero connected to the head without pictures.
@@ -191,6 +207,11 @@ class Handle(TrainerCallback):
     def remember(self, memory: dict[str, Any]) -> None:
         """Take back what `memory` gave."""
         self._forward.remember(memory)
+
+    def follow(self) -> None:
+        """Look again at what learns, after freezing or unfreezing: anchors that remember the encoder or projector must
+        remember what has begun to learn, as it is now. Before the optimizer is built."""
+        self.predictors.teacher = self._forward.source.follow()
 
     def peft(self, config: Any) -> Any:
         """A copy of a PEFT configuration with which the head stays trainable and is saved with the adapter.

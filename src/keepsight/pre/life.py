@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from keepsight.pre.sight import Seen
 
@@ -52,7 +53,7 @@ def assert_alive(
             "the prediction head is not in the optimizer: attach before building the optimizer, or build it from "
             "keepsight.param_groups(model)."
         )
-    if not all(any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in head.parameters()) for head in heads):
+    if not all(any(_has_gradient(parameter) for parameter in head.parameters()) for head in heads):
         raise DeadLossError(
             "the prediction head got no gradient: add handle.loss to the loss before backward(), or use "
             "PReTrainerMixin."
@@ -68,3 +69,12 @@ def assert_alive(
             "layer is trainable, or reentrant gradient checkpointing hides it (set "
             "gradient_checkpointing_kwargs={'use_reentrant': False})."
         )
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Whether a gradient other than zero is there; of a sharded one, in this process's share (no process waits)."""
+    gradient = parameter.grad
+    if gradient is None:
+        return False
+    own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return own.numel() == 0 or bool(own.abs().sum() > 0)

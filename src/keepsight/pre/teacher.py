@@ -17,16 +17,18 @@ class Teacher(Float32Module):
     """Averages of the parameters that learn between pixels and decoder; those that do not learn are the model's own.
 
     Args:
-        vlm: the model, at the moment of attaching.
-        decay: share of the average that stays at each optimizer step; 1 = as it was when attached.
+        decay: share of the average that stays at each optimizer step; 1 = as it was when `hold` first saw it.
     """
 
-    def __init__(self, vlm: Vlm, decay: float) -> None:
+    def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
         self.names: list[str] = []
+
+    def hold(self, vlm: Vlm) -> None:
+        """Begin to hold, as they are now, the parameters that learn and are not held yet."""
         for name, parameter in before_decoder(vlm):
-            if parameter.requires_grad:
+            if parameter.requires_grad and name not in self.names:
                 self.register_buffer(f"average_{len(self.names)}", parameter.detach().clone().float())
                 self.names.append(name)
 

@@ -1,12 +1,13 @@
 """The few numbers that decide: what a run lost by its middle layer, or how two runs differ there."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import write_difference
-from keepsight.results import Measurement
+from keepsight.results import Measurement, intervals
+from keepsight.results.intervals import Estimate
 
 Rows = tuple[Measurement | None, Measurement | None]
 
@@ -41,20 +42,10 @@ class Finding:
         return write_difference(self.metric, self.value, self.low, self.high)
 
 
-def difference(before: Measurement, after: Measurement) -> tuple[float, float | None, float | None] | None:
-    """after − before with a 95 % interval from the two intervals by the square-and-add rule (Zou and Donner 2008).
-
-    It treats the two as independent; measured on the same images they rarely are, and the interval is then wider
-    than it need be. None where a value is missing; an interval of None where one of the two has none.
-    """
-    if before.value is None or after.value is None:
-        return None
-    value = after.value - before.value
-    if before.low is None or before.high is None or after.low is None or after.high is None:
-        return value, None, None
-    below = math.hypot(after.value - after.low, before.high - before.value)
-    above = math.hypot(after.high - after.value, before.value - before.low)
-    return value, value - below, value + above
+def difference(base: Run, before: Measurement, other: Run, after: Measurement) -> Estimate:
+    """after − before with its 95 % interval, in pairs where both runs kept what each picture adds."""
+    kept = base.loaded.per_image, other.loaded.per_image
+    return intervals.difference(before, after, intervals.correlation(before, after, *kept))
 
 
 def within(run: Run) -> list[Finding]:
@@ -68,22 +59,23 @@ def within(run: Run) -> list[Finding]:
             label, group = target or "class", groups.get(target, "")
             value, low, high = (None if end is None else -end for end in (row.value, row.high, row.low))
             found.append(Finding("probe_drop", label, value, low, high, group, after=row, caveat=row.note))
-    return _by_group(found) + _gap(lambda series: (run.at(series, 0), run.at(series, run.middle)), run)
+    return _by_group(found) + _gap(lambda series: (run.at(series, 0), run.at(series, run.middle)), (run, run))
 
 
 def between(base: Run, other: Run) -> list[Finding]:
     """How `other` differs from `base`, each at its own middle layer: probes, gap, and answers."""
-    groups = target_groups([base, other])
+    runs = base, other
+    groups = target_groups(runs)
     found = []
     for target in targets_of([base], "probe_accuracy"):
         series = base.headline("probe_accuracy", target)
         if series and (pair := _pair(base.at(series, base.middle), other.at(series, other.middle))):
-            found.append(_compared("probe_accuracy", target or "class", pair, groups.get(target, "")))
+            found.append(_compared("probe_accuracy", target or "class", runs, pair, groups.get(target, "")))
     found = _by_group(found)
-    found += _gap(lambda series: (base.at(series, base.middle), other.at(series, other.middle)), base)
+    found += _gap(lambda series: (base.at(series, base.middle), other.at(series, other.middle)), runs)
     answers = Series("answer_accuracy")
     if pair := _pair(base.at(answers, None), other.at(answers, None)):
-        found.append(_compared("answer_accuracy", "answers", pair))
+        found.append(_compared("answer_accuracy", "answers", runs, pair))
     return found
 
 
@@ -93,28 +85,35 @@ def _by_group(found: list[Finding]) -> list[Finding]:
 
 
 def _pair(before: Measurement | None, after: Measurement | None) -> tuple[Measurement, Measurement] | None:
-    return (before, after) if before and after and difference(before, after) else None
+    return (before, after) if before and after and None not in (before.value, after.value) else None
 
 
-def _compared(metric: str, label: str, pair: Sequence[Measurement], group: str = "", caveat: str = "") -> Finding:
-    before, after = pair
-    value, low, high = difference(before, after) or (None, None, None)
-    return Finding(metric, label, value, low, high, group, before, after, caveat)
+def _compared(
+    metric: str,
+    label: str,
+    runs: tuple[Run, Run],
+    pair: tuple[Measurement, Measurement],
+    group: str = "",
+    caveat: str = "",
+) -> Finding:
+    (base, other), (before, after) = runs, pair
+    found = difference(base, before, other, after)
+    return Finding(metric, label, found.value, found.low, found.high, group, before, after, caveat)
 
 
-def _gap(rows_at: Callable[[Series], Rows], run: Run) -> list[Finding]:
+def _gap(rows_at: Callable[[Series], Rows], runs: tuple[Run, Run]) -> list[Finding]:
     """The change of the gap, and a caveat where leaving the sinks out decides otherwise."""
-    series = run.headline("gap")
+    series = runs[0].headline("gap")
     pair = series and _pair(*rows_at(series))
     if not series or not pair:
         return []
     label = f"{series.variant} gap".strip()
-    finding = _compared("gap", label, pair)
+    finding = _compared("gap", label, runs, pair)
     without = _pair(*rows_at(series._replace(tokens="without sinks")))
     if without:
-        other = _compared("gap", label, without)
+        other = _compared("gap", label, runs, without)
         if _direction(other) != _direction(finding):
-            return [_compared("gap", label, pair, caveat=f"without sinks {other.text}")]
+            return [_compared("gap", label, runs, pair, caveat=f"without sinks {other.text}")]
     return [finding]
 
 

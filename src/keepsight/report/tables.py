@@ -64,7 +64,7 @@ def answers(runs: Sequence[Run]) -> list[Line]:
             rows = [run.at(Series(name, target), None) for run in runs]
             if any(rows):
                 title = f"{metric(name).title}, {target or 'all questions'}"
-                lines.append(_line(title, "", name, rows))
+                lines.append(_line(title, "", name, runs, rows))
     return lines
 
 
@@ -153,27 +153,28 @@ def _lines(runs: Sequence[Run], title: str, group: str, series: Series) -> list[
         rows = [run.at(series, layer) for run, layer in zip(runs, layers, strict=True)]
         if any(rows):
             place = "/".join(str(layer) for layer in dict.fromkeys(layers))
-            lines.append(_line(title, f"{place} {name}".strip(), series.metric, rows, group))
+            lines.append(_line(title, f"{place} {name}".strip(), series.metric, runs, rows, group))
     return lines
 
 
-def _line(title: str, place: str, name: str, rows: Sequence[Measurement | None], group: str = "") -> Line:
+def _line(
+    title: str, place: str, name: str, runs: Sequence[Run], rows: Sequence[Measurement | None], group: str = ""
+) -> Line:
     values = tuple(
         Cell(write_number(name, row.value), write_interval(name, row.low, row.high), row.note) if row else Cell("–")
         for row in rows
     )
     samples = dict.fromkeys(write_sample(row) for row in rows if row)
-    first, *rest = rows
-    return Line(title, place, values, tuple(_difference(name, first, row) for row in rest), "; ".join(samples), group)
-
-
-def _difference(name: str, before: Measurement | None, after: Measurement | None) -> Cell:
-    found = difference(before, after) if before and after else None
-    if found is None:
-        return Cell("–", told=False)
-    value, low, high = found
-    told = low is not None and high is not None and (low > 0 or high < 0)
-    return Cell(write_difference(name, value, None, None), write_interval(name, low, high), told=told)
+    first = rows[0]
+    differences = []
+    for run, row in zip(runs[1:], rows[1:], strict=True):
+        found = difference(runs[0], first, run, row) if first and row else None
+        if found is None or found.value is None:
+            differences.append(Cell("–", told=False))
+            continue
+        number, interval = write_difference(name, found.value, None, None), write_interval(name, found.low, found.high)
+        differences.append(Cell(number, interval, told=found.told))
+    return Line(title, place, values, tuple(differences), "; ".join(samples), group)
 
 
 def _rich(cell: Cell, style: str = "") -> Text:

@@ -7,9 +7,19 @@ import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keepsight.results.storage import write_file
+
+
+class Key(NamedTuple):
+    """What a number is of; a run holds one number of each."""
+
+    metric: str
+    target: str = ""
+    variant: str = ""
+    tokens: str = "all"
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class Measurement:
     tokens: str = "all"  # "all" or "without sinks"
     seed: int | None = None
     note: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What the number is of."""
+        return Key(self.metric, self.target, self.variant, self.tokens, self.layer)
 
     def __post_init__(self) -> None:
         if not self.metric:

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +36,8 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8")).hexdigest()
 
 
-def fingerprint(model: "torch.nn.Module") -> str:
-    """16 hexadecimal digits that tell one set of weights from another (ours).
+def fingerprint(model: "torch.nn.Module | Mapping[str, torch.Tensor]") -> str:
+    """16 hexadecimal digits that tell one set of weights from another (ours), of a model or its state dict.
 
     SHA-256 over names, shapes, types and about 4,096 evenly spaced elements of every tensor of the state dict:
     equal weights give equal digits on any device, and a training step changes them. It is no protection against
@@ -45,7 +46,8 @@ def fingerprint(model: "torch.nn.Module") -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         if flat.numel():

@@ -5,9 +5,11 @@ that a full disk or a killed process never leaves half a file under the final na
 """
 
 import errno
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 
 class StorageError(OSError):
@@ -73,3 +75,11 @@ def make_folder(path: str | Path) -> Path:
             cause = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         raise storage_error(path, cause) from cause
     return path
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON of plain values; numbers that are not finite are refused."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except TypeError as error:
+        raise TypeError(f"run.json takes plain values (text, numbers, lists, dictionaries): {error}") from error

@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from keepsight.diagnosis import diagnose
-from keepsight.evaluation.vqa import VqaItem, answer_accuracy
-from keepsight.results import Measurement, RunDirectory
+from keepsight.evaluation import Question, evaluate
+from keepsight.results import Measurement, RunDirectory, merged
 from keepsight.testbed.drawing import render
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.language import questions
@@ -46,18 +46,19 @@ def look_inside(
         label_run=arm.label,
         progress=False,
     )
-    answers = answer_accuracy(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4).rows
-    arm.write_rows([*result.rows, *answers, *prior])
+    answers = evaluate(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4)
+    arm.write_rows([*result.rows, *answers.rows, *prior])
+    arm.write_per_image(merged([part for part in (result.per_image, answers.per_image) if part is not None]))
     arm.write_examples(result.examples)
     kept = ("depth", "width", "prompt", "counts", "targets")
     arm.update(**{key: result.info[key] for key in kept}, seeds=[seed])
     return arm
 
 
-def bare_questions(scenes: Sequence[Scene], turns: int) -> list[VqaItem]:
+def bare_questions(scenes: Sequence[Scene], turns: int) -> list[Question]:
     """The questions of these scenes without the pictures, for what can be guessed."""
     return [
-        VqaItem(turn.question, turn.answer, kind=turn.kind, picture=(scene.seed, scene.index))
+        Question(turn.question, turn.answer, kind=turn.kind, picture=(scene.seed, scene.index))
         for scene in scenes
         for turn in questions(scene, turns)
     ]

@@ -11,7 +11,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from keepsight import report
-from keepsight.evaluation.vqa import text_only_prior
+from keepsight.evaluation import text_only_prior
 from keepsight.pre import PReConfig
 from keepsight.results import make_folder, write_file
 from keepsight.testbed._bars import TrainingBar, progress

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from keepsight.evaluation.vqa import VqaItem
+from keepsight.evaluation import Question
 from keepsight.results import write_file
 from keepsight.testbed.drawing import render
 from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
@@ -89,12 +89,12 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[VqaItem]:
-    """The scenes' questions as items for `keepsight.evaluation.vqa`: bare answers, with pictures, by scene."""
+def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[Question]:
+    """The scenes' questions as items for `keepsight.evaluation`: bare answers, with pictures, by scene."""
     items = []
     for scene, pixels in zip(scenes, render(scenes)[0], strict=True):
         image = Image.fromarray(pixels)
         for turn in questions(scene, turns):
             name = _name(scene)
-            items.append(VqaItem(turn.question, turn.answer, image, turn.kind, picture=name))
+            items.append(Question(turn.question, turn.answer, image, turn.kind, picture=name))
     return items

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from keepsight.pre import Handle
+from keepsight.pre.handle import HEAD
 from keepsight.results import write_file
+from keepsight.training.sharding import is_sharded, load_whole_weights
 
 WEIGHTS = "weights.safetensors"
 MEMORY = "pre_memory.pt"
@@ -31,24 +33,36 @@ class CheckpointError(RuntimeError):
     """A checkpoint that does not belong to this run."""
 
 
-def save_weights(model: torch.nn.Module, folder: Path, learned: Iterable[str]) -> None:
-    """Write the parameters that have learned so far in this run, and all buffers, under their names in memory."""
-    wanted = set(learned)
-    state = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=True) if name in wanted}
-    persistent = model.state_dict()
-    state |= {name: b for name, b in model.named_buffers() if name in persistent}
+def save_weights(
+    model: torch.nn.Module, folder: Path, learned: Iterable[str], whole: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write the parameters that have learned so far in this run, and all buffers, under their names in memory.
+
+    Args:
+        whole: the state dict of a model that is in shards, gathered.
+    """
+    persistent = model.state_dict() if whole is None else whole
+    buffers = {name for name, _ in model.named_buffers()}
+    wanted = buffers | ({name for name, _ in model.named_parameters(remove_duplicate=True)} & set(learned))
+    state = {name: tensor.detach() for name, tensor in persistent.items() if name in wanted}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
+def load_weights(model: torch.nn.Module, folder: Path, *, heads: bool = True) -> set[str]:
     """Read `save_weights`' file back; returns the names it holds.
+
+    Args:
+        heads: whether the model has PRe's heads; else theirs are left out.
 
     Raises:
         CheckpointError: if the model has no such parameter: the checkpoint is of another model or head.
     """
-    state = load_file(folder / WEIGHTS)
-    unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
+    state = {name: t for name, t in load_file(folder / WEIGHTS).items() if heads or HEAD not in name.split(".")}
+    if is_sharded(model):
+        unknown = load_whole_weights(model, state)
+    else:
+        unknown = sorted(model.load_state_dict(state, strict=False).unexpected_keys)
     if unknown:
         raise CheckpointError(
             f"checkpoint '{folder}' holds {unknown[:3]} ({len(unknown)} in all), which this model does not have: it "
@@ -60,16 +74,19 @@ def load_weights(model: torch.nn.Module, folder: Path) -> set[str]:
 class Checkpoints(TrainerCallback):
     """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, also: Callable[[], dict[str, Any]] = dict) -> None:
+        """`also` gives what else to remember, tensors and plain values; it is called in every process."""
         self.handle = handle
+        self.also = also
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        also = self.also()
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # every process has written its random state
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.handle.memory(), folder / MEMORY)
+        torch.save({**self.handle.memory(), **also}, folder / MEMORY)
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         write_file(folder / MARK, json.dumps({"step": state.global_step, "files": sizes}, indent=1))
         for other in folder.parent.glob("checkpoint-*"):
@@ -105,5 +122,5 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """What `Handle.memory` gave."""
+    """What `Handle.memory` gave, and what else was to be remembered."""
     return torch.load(folder / MEMORY, weights_only=True, map_location="cpu")

@@ -1,7 +1,7 @@
 """What a training run is: the model, the data, two stages, PRe. One YAML recipe; any field is a flag."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from keepsight.pre.config import PReConfig
@@ -84,6 +84,48 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA: in the stages that train the language model, small matrices beside its weights learn instead of these.
+
+    LLaVA's published settings are rank 128, alpha 256, dropout 0.05, `full.lr` 2e-4 and `full.projector_lr` 2e-5.
+
+    Attributes:
+        rank: of the matrices; null = no LoRA.
+        alpha: the matrices' product counts alpha / rank; null = twice the rank.
+        dropout: on what goes into the matrices.
+        target_modules: names of the language model's linear layers that get them, such as [q_proj, v_proj]; null =
+            all of them. Never the encoder's, the projector's or the output layer.
+        load_in_4bit: hold the weights beside them in 4 bits (QLoRA; needs bitsandbytes and CUDA).
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] | None = None
+    load_in_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; allowed: 1 or more, or null for no LoRA.")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha is {self.alpha}; allowed: a number above 0, or null for twice the rank.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; allowed: 0 up to, not including, 1.")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules is an empty list; give names such as [q_proj, v_proj], or null.")
+        given = [name for name in ("alpha", "target_modules", "load_in_4bit") if getattr(self, name)]
+        if self.rank is None and given:
+            raise ValueError(f"lora.{given[0]} is {getattr(self, given[0])!r} without LoRA; set lora.rank (128).")
+
+    @property
+    def numerator(self) -> float:
+        """`alpha`, its default resolved."""
+        return self.alpha if self.alpha is not None else 2.0 * (self.rank or 0)
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of training.
 
@@ -91,6 +133,7 @@ class StageConfig:
         enabled: whether the stage is run.
         train: the parts that learn: "projector", "language_model", "encoder"; the others are frozen.
         lr: peak learning rate.
+        projector_lr: the projector's, where it is another; null = lr.
         batch_size: samples per optimizer step, over all processes.
         micro_batch_size: samples per process and forward; null = batch_size over the number of processes. What is
             missing to batch_size is accumulated.
@@ -100,12 +143,14 @@ class StageConfig:
         lr_scheduler: "cosine", "linear", "constant" or "constant_with_warmup".
         weight_decay: of AdamW.
         pre: whether PRe acts in this stage.
+        pre_weight: λ in this stage, where it is another than `pre.weight`; the head goes on from stage to stage.
         data: the stage's own data; left empty, that of the run.
     """
 
     enabled: bool = True
     train: tuple[Part, ...] = ("projector",)
     lr: float = 1e-3
+    projector_lr: float | None = None
     batch_size: int = 256
     micro_batch_size: int | None = None
     epochs: float = 1.0
@@ -114,6 +159,7 @@ class StageConfig:
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     weight_decay: float = 0.0
     pre: bool = True
+    pre_weight: float | None = None
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -121,10 +167,19 @@ class StageConfig:
             raise ValueError(f"train is {list(self.train)}; allowed: one or more of {list(PARTS)}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr is {self.lr}; allowed: a finite number above 0.")
+        if self.projector_lr is not None:
+            if not (math.isfinite(self.projector_lr) and self.projector_lr > 0):
+                raise ValueError(f"projector_lr is {self.projector_lr}; allowed: a number above 0, or null for lr.")
+            if "projector" not in self.train:
+                raise ValueError(f"projector_lr is {self.projector_lr} and train is {list(self.train)}; add projector.")
         for name in ("batch_size", "micro_batch_size", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 1 or more.")
+        if self.pre_weight is not None and not (math.isfinite(self.pre_weight) and self.pre_weight >= 0):
+            raise ValueError(f"pre_weight is {self.pre_weight}; allowed: 0 or more, or null for pre.weight.")
+        if self.pre_weight is not None and not self.pre:
+            raise ValueError(f"pre_weight is {self.pre_weight} and pre is false; set one of them: false is λ = 0.")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ValueError(f"epochs is {self.epochs}; allowed: a finite number above 0.")
         if not 0 <= self.warmup_ratio < 1:
@@ -145,7 +200,8 @@ class TrainConfig:
     working directory.
 
     Attributes:
-        out: the run's folder; it must not hold a run yet.
+        out: the run's folder; it must not hold a run yet. From the command line, runs/<names of the recipes> unless
+            it is set.
         label: the run's name in reports; null = the folder's name.
         seed: of data order, initialisation and dropout.
         max_length: longest sequence, picture tokens included; null = no limit. Pictures are never cut.
@@ -162,6 +218,7 @@ class TrainConfig:
     projector: StageConfig = field(default_factory=StageConfig)
     full: StageConfig = field(default_factory=_full_stage)
     pre: PReConfig = field(default_factory=PReConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     seed: int = 0
     max_length: int | None = 2048
     save_steps: int | None = 500
@@ -180,6 +237,11 @@ class TrainConfig:
                     f"stage '{name}' has no data; set `data.conversations` (LLaVA JSON) or `data.dataset` "
                     f"(HuggingFace), or the stage's own `{name}.data.…`."
                 )
+        if self.lora.rank is not None and not any(self.uses_lora(stage) for stage in stages.values()):
+            raise ValueError(
+                f"lora.rank is {self.lora.rank} and no stage trains the language model: add language_model to a "
+                "stage's `train`, or set lora.rank to null."
+            )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; allowed: 0 or more.")
         if self.save_steps is not None and self.save_steps < 1:
@@ -190,6 +252,27 @@ class TrainConfig:
     def stages(self) -> dict[str, StageConfig]:
         """The stages that are run, in order."""
         return {name: stage for name in STAGES if (stage := getattr(self, name)).enabled}
+
+    def uses_lora(self, stage: StageConfig) -> bool:
+        """Whether the stage trains adapters in place of the language model's weights."""
+        return self.lora.rank is not None and "language_model" in stage.train
+
+    def weight_in(self, stage: StageConfig) -> float:
+        """λ in the stage."""
+        return self.pre_in(stage).weight
+
+    def pre_in(self, stage: StageConfig) -> PReConfig:
+        """PRe as the stage wants it; `observe` is for stages with λ = 0."""
+        if not stage.pre:
+            return replace(self.pre, weight=0.0, observe=False)
+        if stage.pre_weight is None:
+            return self.pre
+        return replace(self.pre, weight=stage.pre_weight, observe=self.pre.observe and stage.pre_weight == 0)
+
+    @property
+    def uses_pre(self) -> bool:
+        """Whether PRe trains the model in any stage."""
+        return any(self.weight_in(stage) > 0 for stage in self.stages().values())
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """The stage's own data, else the run's."""

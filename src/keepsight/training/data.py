@@ -82,6 +82,19 @@ class ConversationDataset(Dataset[Encoded]):
             self._room -= encoded.nbytes
         return encoded
 
+    def recall(self, states: torch.Tensor) -> None:
+        """Take over what another process, or the run before a stop, found out about the entries.
+
+        Raises:
+            ConversationError: if it is about another number of entries.
+        """
+        if states.shape != self.states.shape:
+            raise ConversationError(
+                f"the checkpoint is of a run on {len(states)} entries, and there are {len(self.states)} now: the data "
+                "has changed. Restore it, or train into another folder."
+            )
+        torch.maximum(self.states, states.to(self.states), out=self.states)
+
     def skipped(self) -> Counter[str]:
         """What was left out or shortened so far, by reason; empty when nothing was."""
         counts = Counter(

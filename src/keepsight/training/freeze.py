@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from keepsight.pre.handle import HEAD
+from keepsight.training.lora import is_adapter
 from keepsight.vlm.features import encoder_of
 from keepsight.vlm.view import Vlm
 
@@ -41,6 +42,8 @@ def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def train_only(model: nn.Module, chosen: Sequence[str]) -> int:
     """Let the chosen parts learn and freeze the others, PRe's head aside; returns the number of values that learn.
 
+    Of a language model with LoRA only the adapters learn.
+
     Raises:
         ValueError: for an unknown part, or one that this model does not have.
     """
@@ -50,6 +53,10 @@ def train_only(model: nn.Module, chosen: Sequence[str]) -> int:
             present = [name for name, parameters in found.items() if parameters]
             raise ValueError(f"{type(model).__name__} has no parameters in part {part!r}; it has {present}.")
     count = 0
+    adapters = [p for name, p in model.named_parameters() if is_adapter(name)]
+    if adapters:
+        _set(found["language_model"], False)
+        found["language_model"] = adapters
     for part, parameters in found.items():
         _set(parameters, part in chosen)
         count += sum(p.numel() for p in parameters) if part in chosen else 0

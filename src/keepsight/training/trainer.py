@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from keepsight.pre.handle import HEAD, Handle, handle_of
+from keepsight.training.sharding import shard_head
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what it is mixed into
@@ -55,27 +56,14 @@ class PReTrainerMixin(_Trainer):
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart
         self._pre_log = _Running()
+        self.pre_totals = dict.fromkeys(("images", "tokens", "skipped"), 0)  # of all steps that were logged
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
+        shard_head(self.accelerator, self.pre)
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.pre.config.head_lr
-        head = {id(parameter) for parameter in self.pre.parameters()}
-        if rate is None or any(group.get("keepsight_head") for group in optimizer.param_groups):
-            return optimizer
-        decay = 0.0
-        for group in optimizer.param_groups:
-            if any(id(parameter) in head for parameter in group["params"]):
-                decay = max(decay, group.get("weight_decay", 0.0))
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-        optimizer.add_param_group(
-            {
-                "params": [parameter for parameter in self.pre.parameters() if parameter.requires_grad],
-                "lr": rate,
-                "weight_decay": decay,
-                "keepsight_head": True,
-            }
-        )
+        if self.pre.config.head_lr is not None:
+            set_apart(optimizer, self.pre.parameters(), self.pre.config.head_lr, "keepsight_head")
         return optimizer
 
     def get_batch_samples(
@@ -151,11 +139,20 @@ class PReTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with what the predictive loss saw since the last one."""
         if "loss" in logs and self._pre_log.steps:
-            logs.update(self._pre_log.read(self.accelerator))
+            logs.update(self.read_log())
             if self.pre.config.warmup_steps or self.pre.config.decay_steps:
                 logs["pre_weight"] = self.pre.weight
-            self._pre_log = _Running()
         super().log(logs, *args, **kwargs)
+
+    def read_log(self) -> dict[str, float]:
+        """What the predictive loss saw since the last log, added to `pre_totals`; every process must call it."""
+        if not self._pre_log.steps:
+            return {}
+        logs = self._pre_log.read(self.accelerator)
+        for name in self.pre_totals:
+            self.pre_totals[name] += round(logs[f"pre_{name}"] * self._pre_log.steps)
+        self._pre_log = _Running()
+        return logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; counts optimizer steps for the log."""
@@ -163,6 +160,20 @@ class PReTrainerMixin(_Trainer):
         if self.accelerator.gradient_state.sync_gradients:
             self._pre_log.steps += 1
         return loss
+
+
+def set_apart(optimizer: torch.optim.Optimizer, chosen: Iterable[Tensor], rate: float, mark: str) -> None:
+    """Give parameters that an optimizer holds a group and learning rate of their own; a second call does nothing."""
+    if any(group.get(mark) for group in optimizer.param_groups):
+        return
+    wanted, moved, decay = {id(parameter) for parameter in chosen}, [], 0.0
+    for group in optimizer.param_groups:
+        mine = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        if mine:
+            decay = max(decay, group.get("weight_decay", 0.0))
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+            moved += mine
+    optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": decay, mark: True})
 
 
 class _Running:

@@ -1,0 +1,198 @@
+"""`keepsight evaluate MODEL --tasks questions.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from keepsight.settings import add_fields, build, normalise
+
+_FREE = {"batch_size", "device", "out", "resume", "label"}  # may differ when an evaluation goes on
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is asked, of what.
+
+    Attributes:
+        model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
+        tasks: files of questions, one JSON object a line with `question`, `answer` and, as needed, `image`, `choices`,
+            `type`, `id`, `picture`, `pair`, `score`.
+        out: the run's folder.
+        image_folder: where the pictures' paths start; null = the folder of each file.
+        label: the run's name in the report; null = the model's.
+        limit: ask only so many questions of each file, the first ones.
+        batch_size: questions at once.
+        max_new_tokens: length limit of an answer.
+        choices: multiple choice by "generation" (options listed with letters) or "likelihood" (of each option).
+        device: "auto" (a GPU if there is one), "cpu", "cuda", …
+        dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        trust_remote_code: run Python code that comes with the checkpoint. Off unless you know its author.
+        resume: go on with the evaluation that the folder holds; what was answered is not asked again.
+    """
+
+    model: str
+    tasks: list[str]
+    out: str
+    image_folder: str | None = None
+    label: str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 32
+    choices: Literal["generation", "likelihood"] = "generation"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, how in (
+            ("model", "as the first argument"),
+            ("tasks", "with --tasks FILE"),
+            ("out", "with --out DIR"),
+        ):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not given; give it {how}.")
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; allowed: 1 or more.")
+        stems = [Path(task).stem for task in self.tasks]
+        if len(set(stems)) < len(stems):
+            raise ValueError(f"tasks holds two files of one name ({', '.join(stems)}); rename one.")
+
+
+def parse(arguments: Sequence[str]) -> EvaluateConfig:
+    """The command's settings."""
+    parser = ArgumentParser(
+        prog="keepsight evaluate",
+        usage="keepsight evaluate MODEL --tasks FILE [FILE …] --out DIR [options]",
+        description="Ask a model questions about pictures, and score its answers.",
+    )
+    parser.add_argument("--config", action="config", help="A YAML file with these fields.")
+    add_fields(parser, EvaluateConfig)
+    given = list(arguments) or ["--help"]
+    if not given[0].startswith("-"):
+        given.insert(0, "--model")
+    return build(EvaluateConfig, parser.parse_args(normalise(_listed(given), EvaluateConfig)))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate, write the run's folder, print the accuracies."""
+    config = parse(arguments)
+    from keepsight.evaluation import load_questions
+    from keepsight.processes import barrier, rank
+    from keepsight.results import RunDirectory, fingerprint
+
+    tasks = {Path(file).stem: load_questions(file, config.image_folder)[: config.limit] for file in config.tasks}
+    main_process = rank() == 0
+    run = _open(config) if main_process else None
+    barrier()
+    from keepsight.commands.console import console, device_named, quiet, training_run
+
+    quiet()
+    from keepsight.evaluation.run import evaluate
+    from keepsight.report import table
+    from keepsight.results import merged
+    from keepsight.vlm.load import load_model, model_folder
+
+    device = device_named(config.device)
+    model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+    model.to(device)
+    found: dict[str, Any] = {}
+    for name, questions in tasks.items():
+        found[name] = evaluate(
+            model,
+            processor,
+            questions,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            choices=config.choices,
+            journal=Path(config.out) / "answers" / name,
+            progress=main_process,
+        )
+    if run is None:
+        return
+    prefixed = len(found) > 1
+    trained = training_run(Path(model_folder(config.model)))
+    rows = [
+        replace(row, target=_target(name, row.target) if prefixed else row.target)
+        for name, evaluation in found.items()
+        for row in evaluation.rows
+    ]
+    parts = [
+        evaluation.per_image.renamed(lambda target, name=name: _target(name, target) if prefixed else target)
+        for name, evaluation in found.items()
+    ]
+    counts: dict[str, int] = {}
+    for evaluation in found.values():
+        for key, count in evaluation.counts.items():
+            counts[key] = counts.get(key, 0) + count
+    label = config.label or trained.get("label") or Path(config.model).name
+    run.write_rows(rows)
+    run.write_per_image(merged(parts))
+    run.update(
+        label=label,
+        model={"name": config.model, "fingerprint": fingerprint(model)},
+        counts=counts,
+        finished=True,
+        **({"training_seed": trained["training_seed"]} if trained.get("training_seed") is not None else {}),
+    )
+    console.print(table([RunDirectory.open(run.path)]))
+    for name, count in counts.items():
+        console.print(f"{name}: {count}", markup=False)
+    for name, evaluation in found.items():
+        for position, reason in list(evaluation.left_out.items())[:20]:
+            console.print(f"left out of {name}: question {position + 1}: {reason}", style="yellow", markup=False)
+
+
+def _target(task: str, kind: str) -> str:
+    return f"{task}, {kind}" if kind else task
+
+
+def _listed(given: Sequence[str]) -> list[str]:
+    """`--tasks a b` → `--tasks ["a","b"]`, which the parser knows."""
+    import json
+
+    result: list[str] = []
+    position = 0
+    while position < len(given):
+        result.append(given[position])
+        position += 1
+        if result[-1] == "--tasks":
+            files = []
+            while position < len(given) and not given[position].startswith("--"):
+                files.append(given[position])
+                position += 1
+            result += [json.dumps(files)] if files and not files[0].startswith("[") else files
+    return result
+
+
+def _open(config: EvaluateConfig) -> Any:
+    """A new run, or the one to go on with.
+
+    Raises:
+        FileExistsError: the folder holds a run or other files.
+        ValueError: `resume` with other settings than it was started with.
+    """
+    from keepsight.results import RUN_FILE, RunDirectory
+
+    label = config.label or Path(config.model).name
+    if config.resume and (Path(config.out) / RUN_FILE).is_file():
+        run = RunDirectory.open(config.out)
+        different = {name: both for name, both in run.differences(config).items() if name not in _FREE}
+        if run.kind != "evaluation" or different:
+            listed = "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(different.items())[:5])
+            raise ValueError(
+                f"'{config.out}' cannot be gone on with: it "
+                + (f"was started with other settings ({listed})" if different else f"is a {run.kind} run")
+                + ". Use the command it was started with, or choose another folder."
+            )
+        return run
+    run = RunDirectory.create(config.out, label=label, kind="evaluation")
+    run.write_config(config)
+    return run

@@ -1,0 +1,113 @@
+"""Differences between arms as rows, and conditions judged on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from keepsight.report.curves import Run, Series, open_runs
+from keepsight.report.findings import difference
+from keepsight.report.metrics import write_interval, write_number
+from keepsight.results import LoadedRun, Measurement
+from keepsight.results.arms import Over, pool
+from keepsight.results.gate import Condition, verdict
+from keepsight.results.intervals import Estimate
+
+
+def differences(arms: Sequence[Sequence[LoadedRun]]) -> list[Measurement]:
+    """Every number of every later arm minus that of the first, at the same layer.
+
+    The rows are called `difference of METRIC`, with the arms' names in the note and one row for each kind of interval:
+    over images (`unit` "images") always, over seeds (`unit` "seeds") where both arms have several runs.
+    """
+    rows: list[Measurement] = []
+    for other in arms[1:]:
+        kinds: tuple[Over, ...] = ("images", "seeds") if min(len(arms[0]), len(other)) > 1 else ("images",)
+        for over in kinds:
+            base, later = open_runs([pool(arms[0], over), pool(other, over)])
+            rows += _differences(base, later, over)
+    return rows
+
+
+def _differences(base: Run, other: Run, over: Over) -> Iterator[Measurement]:
+    for series, curve in base.curves.items():
+        for layer, before in curve.items():
+            after = other.at(series, layer)
+            if after is None or before.value is None or after.value is None:
+                continue
+            found = difference(base, before, other, after)
+            yield Measurement(
+                f"difference of {series.metric}",
+                found.value,
+                layer=layer,
+                low=found.low,
+                high=found.high,
+                n=None if None in (before.n, after.n) else min(before.n or 0, after.n or 0),
+                unit="seeds" if over == "seeds" else before.unit,
+                target=series.target,
+                variant=series.variant,
+                tokens=series.tokens,
+                note=f"{other.label} − {base.label}, interval over {over}",
+            )
+
+
+def judge(condition: Condition, runs: Sequence[LoadedRun]) -> tuple[str, list[str]]:
+    """What becomes of a condition, and the numbers that it was judged on, in words.
+
+    A condition without `delta` is about every run but the first (or the only one).
+
+    Raises:
+        ValueError: if no run has such a number, or there is no second run to take a difference to.
+    """
+    opened = open_runs(runs)
+    if condition.delta and len(opened) < 2:
+        raise ValueError("'delta' is the difference from the first run; give two runs or more.")
+    judged, told = [], []
+    for run in opened[1:] or opened:
+        for row in _rows(condition, run):
+            found = Estimate(row.value, row.low, row.high)
+            if condition.delta:
+                before = opened[0].at(Series(*row.key[:4]), row.layer)
+                if before is None:
+                    continue
+                found = difference(opened[0], before, run, row)
+            outcome = condition.judge(found)
+            judged.append(outcome)
+            told.append(_told(run, row, found, outcome))
+    if not judged:
+        known = sorted({series.metric for run in opened for series in run.curves})
+        raise ValueError(
+            f"no run has {condition.metric!r}"
+            + (f" of {condition.target!r}" if condition.target is not None else "")
+            + (f" at layer {condition.layer}" if condition.layer is not None else "")
+            + f"; the metrics are {', '.join(known)}"
+        )
+    return verdict(judged), told
+
+
+def _rows(condition: Condition, run: Run) -> Iterator[Measurement]:
+    """The numbers that a condition is about: the headline variant of each target, at one layer."""
+    for target in dict.fromkeys(series.target for series in run.select(condition.metric)):
+        if condition.target not in (None, target):
+            continue
+        series = run.headline(condition.metric, target)
+        curve = run.curves.get(series, {}) if series else {}
+        if condition.layer is None and len(curve) == 1:
+            layer = next(iter(curve))  # reported at one layer only, or of the whole model
+        elif isinstance(condition.layer, int):
+            layer = condition.layer
+        else:
+            layer = run.depth if condition.layer == "last" else run.middle
+        if layer in curve:
+            yield curve[layer]
+
+
+def _told(run: Run, row: Measurement, found: Estimate, outcome: str) -> str:
+    if found.value is None:
+        return f"{run.label}, {_name(row)}: {outcome}, no value ({row.note or found.note})"
+    interval = write_interval(row.metric, found.low, found.high) or "without an interval"
+    return f"{run.label}, {_name(row)}: {outcome}, {write_number(row.metric, found.value)} {interval}"
+
+
+def _name(row: Measurement) -> str:
+    place = "" if row.layer is None else f" at layer {row.layer}"
+    return row.metric + (f"[{row.target}]" if row.target else "") + place

@@ -1,0 +1,105 @@
+"""`keepsight evaluate` end to end: in this process, stopped and gone on, and on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keepsight import cli
+from keepsight.results import RunDirectory
+from tests.tiny_processors import save_llava
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_llava(tmp_path_factory.mktemp("model") / "model"))
+
+
+@pytest.fixture
+def tasks(tmp_path) -> list[str]:
+    generator = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    entries = []
+    for number in range(6):
+        pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+        for kind, answer in (("colour", "red"), ("yes", "yes")):
+            entries.append(
+                {"question": "what color ?", "answer": answer, "image": f"pictures/{number}.png", "type": kind}
+            )
+    files = []
+    for name in ("one", "two"):
+        files.append(str(tmp_path / f"{name}.jsonl"))
+        Path(files[-1]).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return files
+
+
+def test_two_tasks(model, tasks, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["evaluate", model, "--tasks", *tasks, "--out", str(out), "--max-new-tokens", "2", "--batch-size", "5"]
+    assert cli.main(command) == 0
+    run = RunDirectory.open(out)
+    assert (run.kind, run.info["finished"], run.info["counts"]["questions"]) == ("evaluation", True, 24)
+    accuracies = {row.target: row for row in run.read_rows() if row.metric == "answer_accuracy"}
+    assert set(accuracies) == {f"{task}{kind}" for task in ("one", "two") for kind in ("", ", colour", ", yes")}
+    assert accuracies["one"].n == 12
+    kept = run.load().per_image
+    assert set(kept.images) == {f"pictures/{number}.png" for number in range(6)}
+    assert all(np.nanmean(kept.of(row.key)) == pytest.approx(row.value, abs=1e-6) for row in accuracies.values())
+    assert "questions: 24" in capsys.readouterr().out
+    assert cli.main(command) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert cli.main([*command, "--resume", "--choices", "likelihood"]) == 2
+    assert "was started with other settings (choices: 'generation', now 'likelihood')" in capsys.readouterr().err
+
+
+def test_limit_and_what_is_left_out(model, tasks, tmp_path, capsys):
+    (tmp_path / "pictures" / "0.png").unlink()
+    out = tmp_path / "run"
+    assert (
+        cli.main(["evaluate", model, "--tasks", tasks[0], "--out", str(out), "--limit", "4", "--max-new-tokens", "1"])
+        == 0
+    )
+    assert RunDirectory.open(out).info["counts"]["questions left out"] == 2
+    assert "left out of one: question 1: image 'pictures/0.png'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "none.jsonl", "--out", "x"], "the question file 'none.jsonl' does not exist"),
+        (["--out", "x"], "tasks is not given; give it with --tasks FILE"),
+        (["--tasks", "a/q.jsonl", "b/q.jsonl", "--out", "x"], "two files of one name"),
+        (["--tasks", "q.jsonl", "--out", "x", "--limit", "0"], "limit is 0; allowed: 1 or more"),
+    ],
+)
+def test_bad_input_is_named(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "model", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_like_one(model, tasks, tmp_path):
+    command = ["-m", "keepsight", "evaluate", model, "--tasks", tasks[0], "--max-new-tokens", "2", "--batch-size", "2"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, given in (("one", command), ("two", [*launch, *command])):
+        done = subprocess.run(
+            [sys.executable, *given, "--out", str(tmp_path / name)],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = RunDirectory.open(tmp_path / "one"), RunDirectory.open(tmp_path / "two")
+    assert one.read_rows() == two.read_rows()
+    shares = [len(file.read_text().splitlines()) for file in sorted((tmp_path / "two" / "answers" / "one").iterdir())]
+    assert shares == [6, 6]

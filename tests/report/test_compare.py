@@ -1,0 +1,134 @@
+"""`keepsight compare` on runs whose numbers are known."""
+
+import numpy as np
+import pytest
+
+from keepsight import cli
+from keepsight.report.compare import differences
+from keepsight.results import Key, Measurement, PerImageBuilder, RunDirectory, read_rows
+from keepsight.results.intervals import mean_interval
+
+NAMES = [f"{i}.png" for i in range(60)]
+SHARED = np.random.default_rng(0).normal(size=60)
+
+
+def write_run(folder, label: str, gap: float, drop: tuple[float, float, float], seed: int = 0):
+    """A run of depth 4 whose gap at the middle is `gap` on average, and differs between runs by little noise."""
+    noise = np.random.default_rng([seed, len(label)]).normal(size=60)
+    values = SHARED + 0.1 * (noise - noise.mean()) + gap - SHARED.mean()
+    run = RunDirectory.create(
+        folder, label=label, depth=4, fingerprint=str(folder), kind="diagnosis", training_seed=seed
+    )
+    builder, rows = PerImageBuilder(NAMES), []
+    for layer, level in ((0, SHARED + 1), (2, values)):
+        found = mean_interval(level)
+        rows.append(Measurement("gap", found.value, layer, found.low, found.high, 60, variant="centred"))
+        builder.add(Key("gap", variant="centred", layer=layer), level)
+    value, low, high = drop
+    rows.append(Measurement("probe_drop", value, layer=2, low=low, high=high, n=60, target="texture"))
+    rows.append(Measurement("probe_drop", 0.0, layer=2, low=-0.1, high=0.05, n=60, target="shape"))
+    run.write_rows(rows)
+    run.write_per_image(builder.finish())
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return [
+        str(write_run(tmp_path / "base", "base", 0.5, (0.3, 0.2, 0.4))),
+        str(write_run(tmp_path / "pre", "with PRe", 0.6, (0.15, 0.05, 0.25))),
+    ]
+
+
+def test_side_by_side(pair, tmp_path, capsys):
+    files = ["--out", str(tmp_path / "both.html"), "--rows", str(tmp_path / "both.jsonl")]
+    assert cli.main(["compare", *pair, *files]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "the centred gap between patches is wider" in text
+    )  # told in pairs; independent intervals are ten times wider
+    (row,) = [row for row in read_rows(tmp_path / "both.jsonl") if row.metric == "difference of gap" and row.layer == 2]
+    assert row.value == pytest.approx(0.1)
+    assert row.high - row.low == pytest.approx(2 * 2 * 0.1 * np.sqrt(2 / 60), rel=0.25)
+    assert row.note == "with PRe − base, interval over images"
+    assert "with PRe" in (tmp_path / "both.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("condition", "status", "said"),
+    [
+        (
+            "probe_drop > 0.1",
+            0,
+            "probe_drop > 0.1: open\n  with PRe, probe_drop[texture] at layer 2: open, 15.0 % [5.0, 25.0]",
+        ),
+        ("probe_drop[texture] > 0.04", 1, "probe_drop[texture] > 0.04: met\n"),
+        ("probe_drop[shape] > 0.06", 0, "not met"),
+        ("gap@0 > 2", 0, "not met"),
+        ("delta gap < 0", 0, "not met"),
+        ("delta gap > 0.05", 1, "with PRe, gap at layer 2: met, 0.1"),
+    ],
+)
+def test_conditions_give_the_exit_status(pair, capsys, condition, status, said):
+    assert cli.main(["compare", *pair, "--fail-if", condition]) == status
+    assert said in capsys.readouterr().out
+
+
+def test_one_run_alone_can_be_judged(pair, capsys):
+    assert cli.main(["compare", pair[0], "--fail-if", "probe_drop > 0.1"]) == 1
+    assert "base, probe_drop[texture] at layer 2: met, 30.0 % [20.0, 40.0]" in capsys.readouterr().out
+
+
+def test_several_seeds(tmp_path, capsys):
+    runs = [
+        write_run(
+            tmp_path / f"{label}{seed}", label, 0.5 + gain * (1 + (seed - 1) / 10) + 0.2 * seed, (0.1, 0.05, 0.15), seed
+        )
+        for label, gain in (("base", 0.0), ("pre", 0.1))
+        for seed in range(3)
+    ]
+    assert cli.main(["compare", *map(str, runs), "--rows", str(tmp_path / "rows.jsonl")]) == 0
+    found = {
+        row.unit: row
+        for row in read_rows(tmp_path / "rows.jsonl")
+        if (row.metric, row.layer) == ("difference of gap", 2)
+    }
+    assert set(found) == {"images", "seeds"}
+    assert found["seeds"].n == 3
+    for row in found.values():
+        assert row.value == pytest.approx(0.1)
+    # Gains 0.09, 0.10, 0.11: t(0.975, 2) · 0.01 / √3. In pairs, the seeds' own spread (0.2 apart) is taken out.
+    assert found["seeds"].high - found["seeds"].low == pytest.approx(2 * 4.3027 * 0.01 / np.sqrt(3), rel=1e-3)
+    assert 0.01 < found["images"].high - found["images"].low < 0.06
+    assert "base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fail-if", "gap ! 3"], "the condition 'gap ! 3' cannot be read"),
+        (["--fail-if", "fidelity < 1"], "no run has 'fidelity'; the metrics are gap, probe_drop"),
+        (["--fail-if", "gap@3 < 1"], "no run has 'gap' at layer 3"),
+        (["--out", "nowhere/report.html"], "whose folder does not exist"),
+    ],
+)
+def test_bad_input_is_named(pair, capsys, arguments, said):
+    assert cli.main(["compare", *pair, *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run(tmp_path, pair, capsys):
+    assert cli.main(["compare", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert cli.main(["compare", pair[0], "--fail-if", "delta gap < 0"]) == 2
+    assert "give two runs or more" in capsys.readouterr().err
+    empty = RunDirectory.create(tmp_path / "empty", label="empty")
+    assert cli.main(["compare", pair[0], str(empty.path)]) == 2
+    assert "the run 'empty' holds no rows" in capsys.readouterr().err
+
+
+def test_nothing_in_common_gives_no_differences(pair):
+    runs = [RunDirectory.open(folder).load() for folder in pair]
+    other = RunDirectory.create(runs[0].info["model"]["fingerprint"] + "-x", label="x")
+    other.write_rows([Measurement("coupling", 0.1, layer=1)])
+    assert differences([[runs[0]], [other.load()]]) == []
