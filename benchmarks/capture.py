@@ -2,10 +2,9 @@
 
     python benchmarks/capture.py
 
-The pass takes probe features, patch structure, bleeding and the sample of tokens at all layers; on top of the paired
-ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end: eigenvalues, fidelity,
-CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a
-135 M model. Memory: what a whole `diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
+With the default metrics. The pass takes probe features, patch structure and the sample of tokens at all layers; on top
+of the paired ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end: eigenvalues,
+fidelity, CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a 135 M model. Memory: what a whole `diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
 """
 
 import argparse
@@ -40,7 +39,7 @@ def overhead(shape: str, pairs: int) -> bool:
     from keepsight.diagnosis.data import find_pictures
     from keepsight.diagnosis.fidelity import Fidelity
     from keepsight.diagnosis.lens import Lens, readout
-    from keepsight.diagnosis.passes import COUNTED, SAMPLE, EncoderOutput, accumulate, forward, measure
+    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, accumulate, forward, measure
     from keepsight.diagnosis.similarity import Similarity
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
     from keepsight.results import PerImageBuilder
@@ -55,8 +54,7 @@ def overhead(shape: str, pairs: int) -> bool:
     pictures = find_pictures([image for image, _ in drawn], masks=[mask for _, mask in drawn])
     loader = Loader(vlm, processor, pictures.items, render_prompt(processor, "Describe the picture."), BATCH, seed=0)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        accumulator, _ = measure(vlm, loader, layers, Path(folder), exact=True, encoder=vlm, bleeding=True)
-        loader.counted = COUNTED / PICTURES
+        accumulator, _ = measure(vlm, loader, layers, Path(folder), exact=True, encoder=vlm)
         loader.rate = min(1.0, max(SAMPLE, 2 * vlm.width) / (PICTURES * 64))  # as in a run of 1,000 pictures
         batches = list(loader.batches(range(len(drawn)), masks=True))
         turn = iter(range(10**9))

@@ -101,7 +101,7 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     assert {row.layer for row in again.read_rows() if row.metric == "gap"} == {0, 4}
     kinds = {row.variant for row in again.read_rows() if row.metric == "fidelity"}
     assert {"", "position only", "random weights"} <= kinds
-    assert "metrics holds 'lense'; allowed: probes, structure" in fails(
+    assert "metrics holds 'lense'; allowed: default, all, or any of probes, structure" in fails(
         [*command, "--overwrite", "--metrics=lense"], capsys
     )
     assert "nulls holds 'noise'; allowed: random_weights" in fails([*command, "--overwrite", "--nulls=noise"], capsys)

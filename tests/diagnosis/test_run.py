@@ -186,7 +186,10 @@ def test_metrics_can_be_switched_off(parts, world):
     }
     none = diagnose(*parts, world[0], masks=world[1], layers=[1], metrics=(), progress=False)
     assert {r.metric for r in none.rows} == {"token_norm", "token_homogeneity", "sink_tokens", "sink_channels"}
-    with pytest.raises(ValueError, match="metrics holds 'structur'; allowed: probes, structure, bleeding, spectrum"):
+    with pytest.raises(
+        ValueError,
+        match="metrics holds 'structur'; allowed: default, all, or any of probes, structure",
+    ):
         diagnose(*parts, world[0], metrics=["structur"], progress=False)
 
 

@@ -26,8 +26,8 @@ class DiagnoseConfig:
         batch_size: pictures at once.
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
-        metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
-            fidelity, lens, maps.
+        metrics: groups of numbers: "default" (all but bleeding), "all", or some of probes, structure, bleeding,
+            spectrum, fidelity, lens, maps.
         nulls: null models to measure as well: "none", or random_weights (takes as long again).
         initial: model directory or hub id that the training of the vision encoder began with: its output is what
             fidelity predicts; null = the model's own.
@@ -49,7 +49,7 @@ class DiagnoseConfig:
     seed: int = 0
     skip_broken: bool = False
     split_components: bool = False
-    metrics: str = "all"
+    metrics: str = "default"
     nulls: str = "none"
     initial: str | None = None
     device: str = "auto"
@@ -98,13 +98,13 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
-    from keepsight.diagnosis import METRICS, diagnose
+    from keepsight.diagnosis import diagnose
     from keepsight.diagnosis.nulls import wanted_nulls
     from keepsight.diagnosis.rows import wanted_metrics
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
 
-    metrics = wanted_metrics(METRICS if config.metrics == "all" else _listed(config.metrics))
+    metrics = wanted_metrics(_listed(config.metrics))
     nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
     device = device_named(config.device)
     images = _images(config.images)

@@ -17,7 +17,7 @@ from keepsight.diagnosis.progress import tracked
 from keepsight.vlm import Vlm, capture
 from keepsight.vlm.features import ProjectorInput, image_features
 
-COUNTED = 128  # images whose patches' neighbours are counted: beyond them, it would cost as much as a few layers
+COUNTED = 256  # images whose patches' neighbours are counted: beyond them, it would cost as much as a few layers
 SAMPLE = 4096  # tokens of the sample, at least; twice the width if that is more
 
 

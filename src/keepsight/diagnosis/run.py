@@ -43,8 +43,8 @@ def diagnose(
     split_components: bool = False,
     exact: bool = False,
     calibration_images: int | None = None,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    nulls: Sequence[str] = (),
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
+    nulls: str | Sequence[str] = (),
     initial: nn.Module | None = None,
     targets: Mapping[str, str] | None = None,
     pre_layer: int | None = None,
@@ -69,8 +69,8 @@ def diagnose(
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             sixteen pictures unless given, but 8 to 32.
-        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps".
-            Norms, sinks and homogeneity are always there.
+        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps"; or
+            "all". Default: all but bleeding. Norms, sinks and homogeneity are always there.
         nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
             random weights behind the same encoder and projector. Its rows have "random weights" in `variant`.
         initial: the checkpoint that the training of a trainable vision encoder began with: fidelity then predicts *its*
