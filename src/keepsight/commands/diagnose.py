@@ -26,9 +26,11 @@ class DiagnoseConfig:
         batch_size: pictures at once.
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
-        metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
-            fidelity, lens, maps.
+        metrics: groups of numbers: "default" (all but bleeding), "all", or some of probes, structure, bleeding,
+            spectrum, fidelity, lens, maps.
         nulls: null models to measure as well: "none", or random_weights (takes as long again).
+        initial: model directory or hub id that the training of the vision encoder began with: its output is what
+            fidelity predicts; null = the model's own.
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -47,8 +49,9 @@ class DiagnoseConfig:
     seed: int = 0
     skip_broken: bool = False
     split_components: bool = False
-    metrics: str = "all"
+    metrics: str = "default"
     nulls: str = "none"
+    initial: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -95,19 +98,23 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
-    from keepsight.diagnosis import METRICS, diagnose
+    from keepsight.diagnosis import diagnose
     from keepsight.diagnosis.nulls import wanted_nulls
     from keepsight.diagnosis.rows import wanted_metrics
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
 
-    metrics = wanted_metrics(METRICS if config.metrics == "all" else _listed(config.metrics))
+    metrics = wanted_metrics(_listed(config.metrics))
     nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
     device = device_named(config.device)
     images = images_of(config.images)
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
+    first = None
+    if config.initial:
+        first, _ = load_model(config.initial, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+        first.to(device)
     trained = training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
@@ -123,6 +130,7 @@ def main(arguments: Sequence[str]) -> None:
         split_components=config.split_components,
         metrics=metrics,
         nulls=nulls,
+        initial=first,
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )

@@ -104,10 +104,15 @@ class Accumulator:
         self.encoder_pooled: LayerStore | None = None
         self.no_encoder = "fidelity was not asked for"
         self.objects = self.skipped_objects = self.images_with_objects = 0
-        self._folder = folder
+        self.folder = folder
         self._sample: list[np.ndarray] = []
         self._batch: Batch | None = None
         self._taken: dict[str, list[Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens come from."""
+        return next(iter(self.calibration.values())).mean.device
 
     def begin(self, batch: Batch) -> None:
         """The batch whose forward is about to run."""
@@ -168,8 +173,8 @@ class Accumulator:
         assert self._batch is not None
         x = features.float()
         if self.encoder is None or self.encoder_pooled is None:
-            self.encoder = LayerStore(self._folder / "encoder", 1, x.shape[1])
-            self.encoder_pooled = LayerStore(self._folder / "encoder-pooled", 1, x.shape[1])
+            self.encoder = LayerStore(self.folder / "encoder", 1, x.shape[1])
+            self.encoder_pooled = LayerStore(self.folder / "encoder-pooled", 1, x.shape[1])
         self.encoder.append(x[self._batch.sample][None])
         self.encoder_pooled.append(self._batch.scopes["all"].token_mean(x)[None])
 
@@ -192,9 +197,8 @@ class Accumulator:
 
     def blocks(self, position: int) -> Iterator[tuple[slice, Tensor]]:
         """The sampled tokens of the layer in this position, a bounded number at a time: (which rows, [rows, d])."""
-        device = self.calibration[self.layers[position]].mean.device
         for start in range(0, self.sampled.rows, BLOCK):
-            x = torch.from_numpy(self.sampled.read(position, start, start + BLOCK)).to(device)
+            x = torch.from_numpy(self.sampled.read(position, start, start + BLOCK)).to(self.device)
             yield slice(start, start + len(x)), x
 
     def covariance(self, position: int) -> tuple[CovarianceSums, CovarianceSums | None]:

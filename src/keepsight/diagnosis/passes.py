@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from keepsight.diagnosis.batches import Decoded, Loader
 from keepsight.diagnosis.calibrate import Calibration
 from keepsight.diagnosis.progress import tracked
 from keepsight.vlm import Vlm, capture
-from keepsight.vlm.features import ProjectorInput
+from keepsight.vlm.features import ProjectorInput, image_features
 
 COUNTED = 256  # images whose patches' neighbours are counted: beyond them, it would cost as much as a few layers
 SAMPLE = 4096  # tokens of the sample, at least; twice the width if that is more
@@ -29,7 +29,7 @@ def measure(
     *,
     exact: bool = False,
     calibration_images: int | None = None,
-    encoder: bool = False,
+    encoder: Vlm | None = None,
     bleeding: bool = False,
     progress: bool = False,
 ) -> tuple[Accumulator, list[int]]:
@@ -37,10 +37,11 @@ def measure(
 
     Args:
         exact: sample every token.
-        encoder: also keep the vision encoder's output at the sampled tokens. bleeding: also count neighbours.
+        encoder: the model whose vision encoder's output is kept at the sampled tokens: this one, or another checkpoint.
+        bleeding: also count neighbours.
 
     Raises:
-        ValueError: no picture could be read.
+        ValueError: no picture could be read, or the temporary folder has no room for all tokens (`exact`).
     """
     n = len(loader.pictures)
     size = min(n, calibration_images or min(32, max(8, n // 16)))
@@ -56,56 +57,89 @@ def measure(
         raise ValueError(f"none of the {n} pictures can be read, such as '{loader.pictures[0].name}'; check the files")
     loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens / seen))
     loader.counted = COUNTED / n  # of one or more, all
+    if exact:
+        _check_room(folder, 4 * len(layers) * vlm.width * n * tokens // seen)
     accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact, bleeding)
     done: list[int] = []
     total = -(-n // loader.batch_size)
-    with _projector_input(vlm, accumulator, encoder) as given:
+    source = None if encoder is None else EncoderOutput(encoder, vlm)
+    try:
         for decoded in tracked(loader.batches(range(n), masks=True), "pictures", progress, total):
-            accumulate(vlm, decoded, accumulator, given)
+            accumulate(vlm, decoded, accumulator, source)
             done += decoded.indices
+    finally:
+        if source is not None:
+            source.remove()
     return accumulator, done
 
 
-def accumulate(vlm: Vlm, decoded: Decoded, accumulator: Accumulator, given: ProjectorInput | None = None) -> None:
-    """One batch of the main pass; `given`: where the vision encoder's output is found, if it is wanted."""
+def accumulate(vlm: Vlm, decoded: Decoded, accumulator: Accumulator, source: EncoderOutput | None = None) -> None:
+    """One batch of the main pass; `source`: where the vision encoder's output comes from, if it is wanted."""
     accumulator.begin(decoded.batch.to(_device(vlm)))
-    inputs = forward(vlm, decoded, accumulator.layers, accumulator.sink)
-    if given is not None and not accumulator.no_encoder:
-        try:
-            accumulator.take_encoder(given.on_tokens(decoded.tokens, inputs))
-        except ValueError as error:  # a family whose patches have no tokens; found at the first batch
-            if accumulator.encoder is not None:
-                raise
-            accumulator.no_encoder = _reason(error)
+    forward(vlm, decoded, accumulator.layers, accumulator.sink)
+    if source is not None:
+        source.keep(decoded, accumulator)
     accumulator.end()
 
 
-@contextmanager
-def _projector_input(vlm: Vlm, accumulator: Accumulator, wanted: bool) -> Iterator[ProjectorInput | None]:
-    """What the projector is given, or None with the reason in the accumulator."""
-    given = None
-    if wanted:
+class EncoderOutput:
+    """The vision encoder's output on the visual tokens of each batch, of the diagnosed model or of another checkpoint.
+
+    Args:
+        encoder: the model whose encoder is asked. vlm: the diagnosed one, whose forward has run.
+    """
+
+    def __init__(self, encoder: Vlm, vlm: Vlm) -> None:
+        self.encoder = encoder
+        self._runs = encoder is vlm
+        self._why = ""
+        self._given: ProjectorInput | None = None
         try:
-            given, accumulator.no_encoder = ProjectorInput(vlm), ""
+            self._given = ProjectorInput(encoder)
         except ValueError as error:
-            accumulator.no_encoder = _reason(error)
-    try:
-        yield given
-    finally:
-        if given is not None:
-            given.hook.remove()
+            self._why = _reason(error)
+
+    def keep(self, decoded: Decoded, accumulator: Accumulator) -> None:
+        """Hand the present batch's output to the accumulator, or once and for all the reason why there is none."""
+        if self._given is not None:
+            inputs = on_device(self.encoder, decoded)
+            if not self._runs:
+                image_features(self.encoder, inputs)
+            try:
+                features = self._given.on_tokens(decoded.tokens, inputs)
+                accumulator.take_encoder(features.to(accumulator.device))
+                return
+            except ValueError as error:  # a family whose patches have no tokens; found at the first batch
+                if accumulator.encoder is not None:
+                    raise
+                self._why = _reason(error)
+                self.remove()
+        accumulator.no_encoder = self._why
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self._given is not None:
+            self._given.hook.remove()
+            self._given = None
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"exact=True keeps all tokens in '{folder.parent}', about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "are free there; leave it out, or set TMPDIR to a folder on a larger disk"
+        )
 
 
 def _reason(error: ValueError) -> str:
     return str(error).partition("; use the anchor")[0]  # advice for training
 
 
-def forward(vlm: Vlm, decoded: Decoded, layers: Sequence[int], sink: Any) -> dict[str, Any]:
-    """A forward without LM head and cache that hands each layer's visual tokens to `sink`; returns its inputs."""
-    inputs = on_device(vlm, decoded)
+def forward(vlm: Vlm, decoded: Decoded, layers: Sequence[int], sink: Any) -> None:
+    """A forward without LM head and cache that hands each layer's visual tokens to `sink`."""
     with capture(vlm, layers, sink=sink):
-        vlm.forward_core(**inputs)
-    return inputs
+        vlm.forward_core(**on_device(vlm, decoded))
 
 
 def on_device(vlm: Vlm, decoded: Decoded) -> dict[str, Any]:

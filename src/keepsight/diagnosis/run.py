@@ -43,8 +43,9 @@ def diagnose(
     split_components: bool = False,
     exact: bool = False,
     calibration_images: int | None = None,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    nulls: Sequence[str] = (),
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
+    nulls: str | Sequence[str] = (),
+    initial: nn.Module | None = None,
     targets: Mapping[str, str] | None = None,
     pre_layer: int | None = None,
     progress: bool = True,
@@ -68,10 +69,12 @@ def diagnose(
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             sixteen pictures unless given, but 8 to 32.
-        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps".
-            Norms, sinks and homogeneity are always there.
+        metrics: which groups of numbers: "probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps"; or
+            "all". Default: all but bleeding. Norms, sinks and homogeneity are always there.
         nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
             random weights behind the same encoder and projector. Its rows have "random weights" in `variant`.
+        initial: the checkpoint that the training of a trainable vision encoder began with: fidelity then predicts *its*
+            encoder's output, the same for every run that began there. None: the model's own encoder.
         targets: label set → "asked" or "never asked", for the report.
         pre_layer: the layer PRe was trained at, for the report.
         label_run: what the report calls this run.
@@ -101,6 +104,7 @@ def diagnose(
     has_masks = any(item.mask is not None for item in pictures.items)
     rendered = render_prompt(processor, prompt)
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
+    encoder = _initial(initial, vlm)
 
     def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int], PerImage]:
         with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
@@ -111,7 +115,7 @@ def diagnose(
                 Path(folder),
                 exact=exact,
                 calibration_images=calibration_images,
-                encoder="fidelity" in wanted,
+                encoder=(vlm if encoder is None else encoder) if "fidelity" in wanted else None,
                 bleeding="bleeding" in wanted,
                 progress=progress,
             )
@@ -188,6 +192,15 @@ def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:
     if not listed:
         raise ValueError('layers is empty; give "all" or at least one layer')
     return sorted({vlm.resolve_layer(layer) for layer in listed})
+
+
+def _initial(initial: nn.Module | None, vlm: Vlm) -> Vlm | None:
+    if initial is None:
+        return None
+    found = Vlm(initial)
+    if found.family != vlm.family:
+        raise ValueError(f"initial is of family {found.family!r}, the model of {vlm.family!r}; they must be the same")
+    return found
 
 
 def _check_labels(target: str, values: Sequence[str | None]) -> None:
