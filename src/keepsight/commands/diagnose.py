@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     metrics = wanted_metrics(_listed(config.metrics))
     nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
     device = device_named(config.device)
-    images = _images(config.images)
+    images = images_of(config.images)
     labels = read_labels(config.labels, images, config.masks) if config.labels else None
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
@@ -179,7 +179,7 @@ def _listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _images(path: str) -> Any:
+def images_of(path: str) -> Any:
     """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
     folder = Path(path)
     splits = folder / "dataset_dict.json"

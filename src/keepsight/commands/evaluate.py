@@ -68,6 +68,8 @@ class EvaluateConfig:
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
     """The command's settings."""
+    from keepsight.commands.console import listed
+
     parser = ArgumentParser(
         prog="keepsight evaluate",
         usage="keepsight evaluate MODEL --tasks FILE [FILE …] --out DIR [options]",
@@ -78,7 +80,7 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
     given = list(arguments) or ["--help"]
     if not given[0].startswith("-"):
         given.insert(0, "--model")
-    return build(EvaluateConfig, parser.parse_args(normalise(_listed(given), EvaluateConfig)))
+    return build(EvaluateConfig, parser.parse_args(normalise(listed(given, "--tasks"), EvaluateConfig)))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -152,24 +154,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def _target(task: str, kind: str) -> str:
     return f"{task}, {kind}" if kind else task
-
-
-def _listed(given: Sequence[str]) -> list[str]:
-    """`--tasks a b` → `--tasks ["a","b"]`, which the parser knows."""
-    import json
-
-    result: list[str] = []
-    position = 0
-    while position < len(given):
-        result.append(given[position])
-        position += 1
-        if result[-1] == "--tasks":
-            files = []
-            while position < len(given) and not given[position].startswith("--"):
-                files.append(given[position])
-                position += 1
-            result += [json.dumps(files)] if files and not files[0].startswith("[") else files
-    return result
 
 
 def _open(config: EvaluateConfig) -> Any:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from keepsight.pre.config import PReConfig
 from keepsight.pre.forward import ForwardPass
 from keepsight.pre.head import PredictionHead, Predictors
-from keepsight.pre.life import DeadLossError, assert_alive
+from keepsight.pre.life import DeadLossError, assert_alive, of_deepspeed
 from keepsight.pre.sight import Seen, Sight
 from keepsight.vlm.view import Vlm, unwrap
 
@@ -258,6 +258,11 @@ class Handle(TrainerCallback):
         """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
         if not self._alive and self._forward.life is not None:
             self.assert_alive(kwargs["optimizer"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: DeepSpeed's own optimizer steps on flat pieces, in which the head cannot be recognised."""
+        if self.config.active and of_deepspeed(kwargs.get("optimizer")) is not None:
+            self._stepped()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: a whole run without one picture is no run with PRe."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,13 +48,15 @@ def assert_alive(
             "the prediction head is frozen (requires_grad is False), for example because get_peft_model ran after "
             "attach. Attach after wrapping with PEFT, or unfreeze handle.parameters()."
         )
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    known = {id(parameter) for group in _groups(optimizer) for parameter in group}
     if not all(id(parameter) in known for parameter in parameters):
         raise DeadLossError(
             "the prediction head is not in the optimizer: attach before building the optimizer, or build it from "
             "keepsight.param_groups(model)."
         )
-    if not all(any(_has_gradient(parameter) for parameter in head.parameters()) for head in heads):
+    # DeepSpeed takes gradients away in the backward, and asking for one makes a process wait for all others.
+    reduced = of_deepspeed(optimizer) is not None
+    if not reduced and not all(any(_has_gradient(parameter) for parameter in head.parameters()) for head in heads):
         raise DeadLossError(
             "the prediction head got no gradient: add handle.loss to the loss before backward(), or use "
             "PReTrainerMixin."
@@ -78,3 +81,18 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
         return False
     own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
     return own.numel() == 0 or bool(own.abs().sum() > 0)
+
+
+def of_deepspeed(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO optimizer inside the wrapper that accelerate puts around it; None where there is none."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if type(inner).__module__.startswith("deepspeed.") else None
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The model's parameters that the optimizer holds; those of ZeRO's own groups are flat pieces of several."""
+    engine = of_deepspeed(optimizer)
+    for name in ("bit16_groups", "fp16_groups"):  # ZeRO-1 and -2, ZeRO-3
+        if found := getattr(engine, name, None):
+            return found
+    return [group["params"] for group in optimizer.param_groups]

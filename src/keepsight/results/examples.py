@@ -76,6 +76,5 @@ def _inside(folder: Path, name: str) -> Path:
     """A file of examples/; a name that leads out of the folder is refused."""
     path = (folder / name).resolve()
     if path.parent != folder.resolve() or not path.is_file():
-        index = folder / INDEX
-        raise ValueError(f"'{index}' names '{name}', which is not a picture in that folder")
+        raise ValueError(f"'{folder / INDEX}' names '{name}', which is not a picture in that folder")
     return path
