@@ -24,9 +24,8 @@ def test_pooled_over_the_kept_tokens(parts):
     model, processor = parts
     vlm = Vlm(model)
     images = [picture(colour, seed)[0] for seed, colour in enumerate(("red", "green", "blue"))]
-    loader = Loader(
-        vlm, processor, find_pictures(images).items, render_prompt(processor, "what color ?"), 2, 0, whole=True
-    )
+    prompt = render_prompt(processor, "what color ?")
+    loader = Loader(vlm, processor, find_pictures(images).items, prompt, 2, 0, whole=True)
     pruning = Pruning(1, 0.5)
     with torch.no_grad():
         pooled = _pooled(vlm, loader, pruning, [2, vlm.depth], range(3))
