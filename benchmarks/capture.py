@@ -2,9 +2,10 @@
 
     python benchmarks/capture.py
 
-With the default metrics. The pass takes probe features, patch structure and the sample of tokens at all layers; on top
-of the paired ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end: eigenvalues,
-fidelity, CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a 135 M model. Memory: what a whole `diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
+With the default metrics. The pass takes probe features, patch structure and the sample of tokens at all layers; on
+top of the paired ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end:
+eigenvalues, fidelity, CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a 135 M model. Memory: what a whole
+`diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,10 @@ class DiagnoseConfig:
         nulls: null models to measure as well: "none", or random_weights (takes as long again).
         initial: model directory or hub id that the training of the vision encoder began with: its output is what
             fidelity predicts; null = the model's own.
+        prune_keep: shares of the visual tokens, such as [0.5,0.1]: probe the middle and the last layer also with only
+            so many kept after layer prune_layer. Each takes a forward over the pictures.
+        prune_layer: the layer after which they are dropped.
+        prune_by: which are kept: "attention", "random" or "uniform", as in `keepsight evaluate`.
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -52,6 +56,9 @@ class DiagnoseConfig:
     metrics: str = "default"
     nulls: str = "none"
     initial: str | None = None
+    prune_keep: list[float] = field(default_factory=list)
+    prune_layer: int = 2
+    prune_by: Literal["attention", "random", "uniform"] = "attention"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -103,6 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.diagnosis.rows import wanted_metrics
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
+    from keepsight.vlm.pruning import Pruning
 
     metrics = wanted_metrics(_listed(config.metrics))
     nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
@@ -131,6 +139,7 @@ def main(arguments: Sequence[str]) -> None:
         metrics=metrics,
         nulls=nulls,
         initial=first,
+        prunings=[Pruning(config.prune_layer, keep, config.prune_by) for keep in config.prune_keep],
         pre_layer=trained.get("pre_layer"),
         label_run=label,
     )

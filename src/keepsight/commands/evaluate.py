@@ -28,6 +28,10 @@ class EvaluateConfig:
         limit: ask only so many questions of each file, the first ones.
         batch_size: questions at once.
         max_new_tokens: length limit of an answer.
+        prune_keep: keep this share of the visual tokens, and drop the others after layer prune_layer; null = all.
+        prune_layer: the layer after which they are dropped.
+        prune_by: which are kept: those with most "attention" of the prompt's last token in that layer (FastV), a
+            "random" draw, or "uniform"ly spaced ones.
         choices: multiple choice by "generation" (options listed with letters) or "likelihood" (of each option).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -43,6 +47,9 @@ class EvaluateConfig:
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int = 32
+    prune_keep: float | None = None
+    prune_layer: int = 2
+    prune_by: Literal["attention", "random", "uniform"] = "attention"
     choices: Literal["generation", "likelihood"] = "generation"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -64,6 +71,13 @@ class EvaluateConfig:
         stems = [Path(task).stem for task in self.tasks]
         if len(set(stems)) < len(stems):
             raise ValueError(f"tasks holds two files of one name ({', '.join(stems)}); rename one.")
+
+    @property
+    def pruning(self) -> Any:
+        """What is pruned, or None."""
+        from keepsight.vlm.pruning import Pruning
+
+        return None if self.prune_keep is None else Pruning(self.prune_layer, self.prune_keep, self.prune_by)
 
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
@@ -90,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.processes import barrier, rank
     from keepsight.results import RunDirectory, fingerprint
 
+    pruning = config.pruning
     tasks = {Path(file).stem: load_questions(file, config.image_folder)[: config.limit] for file in config.tasks}
     main_process = rank() == 0
     run = _open(config) if main_process else None
@@ -114,6 +129,7 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             choices=config.choices,
+            pruning=pruning,
             journal=Path(config.out) / "answers" / name,
             progress=main_process,
         )

@@ -50,8 +50,8 @@ class Loader:
     """Decodes pictures in order, `batch_size` at a time.
 
     rate: share of each image's tokens that the sample takes; counted: share of the images whose patches' neighbours are
-    counted; broken: names of the pictures left out so far;
-    mask_values: the values seen in masks so far.
+    counted; whole: keep the prompt after the picture, and pad on the left; broken: names of the pictures left out so
+    far; mask_values: the values seen in masks so far.
     """
 
     vlm: Vlm
@@ -64,6 +64,7 @@ class Loader:
     skip_broken: bool = False
     rate: float = 0.0
     counted: float = 1.0
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self.broken: dict[int, str] = {}
@@ -106,6 +107,7 @@ class Loader:
                 text=[self.prompt] * len(images),
                 return_tensors="pt",
                 padding=True,
+                **({"padding_side": "left"} if self.whole else {}),
                 **special_tokens(self.processor, self.prompt),
             )
         )
@@ -132,7 +134,7 @@ class Loader:
                 objects.append(part)
                 owner += [number] * len(coverage)
             offset += count
-        if not self.vlm.bidirectional_images:
+        if not self.vlm.bidirectional_images and not self.whole:
             inputs = truncate(inputs, self.vlm.visual_mask(inputs["input_ids"]))
         batch = Batch(
             image=tokens.image,

@@ -18,14 +18,16 @@ from keepsight.diagnosis.maps import similarity_maps
 from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, wanted_nulls
 from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
+from keepsight.diagnosis.pruning import check_prunings, pruning_rows
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, wanted_metrics
 from keepsight.diagnosis.summary import too_small
-from keepsight.results import Measurement, PerImage, PerImageBuilder, fingerprint, prompt_hash, versions
+from keepsight.results import Measurement, PerImageBuilder, fingerprint, prompt_hash, versions
 from keepsight.results.maps import SimilarityMap
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.inference import inference
+from keepsight.vlm.pruning import Pruning
 
 
 def diagnose(
@@ -46,6 +48,7 @@ def diagnose(
     metrics: str | Sequence[str] = DEFAULT_METRICS,
     nulls: str | Sequence[str] = (),
     initial: nn.Module | None = None,
+    prunings: Sequence[Pruning] = (),
     targets: Mapping[str, str] | None = None,
     pre_layer: int | None = None,
     progress: bool = True,
@@ -75,6 +78,8 @@ def diagnose(
             random weights behind the same encoder and projector. Its rows have "random weights" in `variant`.
         initial: the checkpoint that the training of a trainable vision encoder began with: fidelity then predicts *its*
             encoder's output, the same for every run that began there. None: the model's own encoder.
+        prunings: probe the middle and the last layer also when visual tokens are pruned on the way (rows
+            `probe_accuracy_pruned`); each takes a forward over the pictures.
         targets: label set → "asked" or "never asked", for the report.
         pre_layer: the layer PRe was trained at, for the report.
         label_run: what the report calls this run.
@@ -87,6 +92,7 @@ def diagnose(
     """
     vlm = Vlm(model)
     wanted, null_models = wanted_metrics(metrics), wanted_nulls(nulls)
+    prunings = check_prunings(vlm, prunings)
     pictures = find_pictures(images, labels, masks if {"structure", "bleeding"} & set(wanted) else None)
     chosen = _layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
@@ -106,7 +112,7 @@ def diagnose(
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
     encoder = _initial(initial, vlm)
 
-    def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int], PerImage]:
+    def look(vlm: Vlm, loader: Loader) -> tuple[list[Measurement], Accumulator, list[int], PerImageBuilder]:
         with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
             accumulator, done = measure(
                 vlm,
@@ -134,7 +140,7 @@ def diagnose(
                 unlabelled=pictures.unlabelled,
                 progress=progress,
             )
-        return rows, accumulator, done, per_image.finish()
+        return rows, accumulator, done, per_image
 
     rows, accumulator, done, per_image = look(vlm, loader)
     shown = choose_examples(pictures, done)
@@ -142,6 +148,9 @@ def diagnose(
     if "maps" in wanted:
         with inference(model):
             maps = similarity_maps(vlm, loader, shown, chosen)
+    if prunings:
+        with inference(model):
+            rows += pruning_rows(vlm, loader, prunings, pictures.labels, done, per_image, seed=seed, progress=progress)
     if "random_weights" in null_models:
         twin = Vlm(random_weights(vlm, seed))
         rows += as_null(look(twin, replace(loader, vlm=twin))[0], RANDOM_WEIGHTS)
@@ -182,7 +191,7 @@ def diagnose(
         "exact": exact,
         "calibration_images": calibration_images,
     }
-    return Diagnosis(rows, info, config, open_examples(pictures, shown, split_components, maps), per_image)
+    return Diagnosis(rows, info, config, open_examples(pictures, shown, split_components, maps), per_image.finish())
 
 
 def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:
