@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face dataset: pictures, labels and masks, where nothing is decoded, downloaded or opened unasked."""
+"""Rows of a Hugging Face dataset: pictures, labels and masks; nothing is decoded, downloaded or opened unasked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ LOCAL_BUILDERS = ("imagefolder", "generator")  # of datasets: only these take pa
 
 
 def dataset_columns(dataset: Any) -> tuple[list[Any], dict[str, list[str | None]]]:
+    """A source for each row's picture, and the label sets that the columns hold.
+
+    Raises:
+        ValueError: no column holds pictures.
+    """
     kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     columns = [name for name, kind in kinds.items() if kind == "Image"]
     column = "image" if "image" in columns else columns[0] if columns else None

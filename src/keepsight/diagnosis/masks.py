@@ -53,7 +53,7 @@ def components(mask: np.ndarray) -> np.ndarray:
     codes = np.zeros(mask.shape, np.int64)
     for value in np.unique(mask):
         if value not in (0, IGNORE):
-            labelled, count = ndimage.label(mask == value, structure=np.ones((3, 3)))
+            labelled, _ = ndimage.label(mask == value, structure=np.ones((3, 3)))
             codes = np.where(labelled > 0, codes.max() + labelled, codes)
     result, _ = number_objects(codes)
     result[mask == IGNORE] = IGNORE
