@@ -158,8 +158,8 @@ class Loader:
         if tokens.n_images != len(indices):
             raise ValueError(
                 f"the processor made {tokens.n_images} pictures of {len(indices)}; the prompt {self.prompt[:60]!r} "
-                "must hold one image placeholder, and pictures must not be cut into crops that count as pictures of their "
-                "own: set do_pan_and_scan=False (Gemma 3) or do_image_splitting=False (Idefics2)"
+                "must hold one image placeholder, and pictures must not be cut into crops that count as pictures of "
+                "their own: set do_pan_and_scan=False (Gemma 3) or do_image_splitting=False (Idefics2)"
             )
         counts = tokens.counts().tolist()
         objects, owner, kinds, offset = [], [], [], 0
