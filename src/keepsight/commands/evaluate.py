@@ -21,7 +21,7 @@ class EvaluateConfig:
     Attributes:
         model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
         tasks: files of questions, one JSON object a line with `question`, `answer` and, as needed, `image`, `choices`,
-            `type`, `id`, `picture`, `pair`, `score`.
+            `type`, `id`, `picture`, `pair`, `score`; or HuggingFace data sets on disk with these columns.
         out: the run's folder.
         image_folder: where the pictures' paths start; null = the folder of each file.
         label: the run's name in the report; null = the model's.
@@ -100,12 +100,15 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
 def main(arguments: Sequence[str]) -> None:
     """Evaluate, write the run's folder, print the accuracies."""
     config = parse(arguments)
+    from keepsight.commands.diagnose import images_of
     from keepsight.evaluation import load_questions
     from keepsight.processes import barrier, rank
     from keepsight.results import RunDirectory, fingerprint
 
     pruning = config.pruning
-    tasks = {Path(file).stem: load_questions(file, config.image_folder)[: config.limit] for file in config.tasks}
+    tasks = {
+        Path(task).stem: load_questions(images_of(task), config.image_folder)[: config.limit] for task in config.tasks
+    }
     main_process = rank() == 0
     run = _open(config) if main_process else None
     barrier()
