@@ -40,7 +40,7 @@ def overhead(shape: str, pairs: int) -> bool:
     from keepsight.diagnosis.data import find_pictures
     from keepsight.diagnosis.fidelity import Fidelity
     from keepsight.diagnosis.lens import Lens, readout
-    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, accumulate, forward, measure
+    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, forward, measure, run_batch
     from keepsight.diagnosis.similarity import Similarity
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
     from keepsight.results import PerImageBuilder
@@ -65,7 +65,7 @@ def overhead(shape: str, pairs: int) -> bool:
             vlm.forward_core(**batches[next(turn) % 8].inputs)
 
         def diagnosed() -> None:
-            accumulate(vlm, batches[next(turn) % 8], accumulator, source)
+            accumulator.append(run_batch(vlm, batches[next(turn) % 8], accumulator, source))
 
         slow, fast = paired(diagnosed, plain, pairs)
         ratio = ratio_of(slow, fast)
