@@ -55,7 +55,8 @@ def test_two_tasks(model, tasks, tmp_path, capsys):
     assert all(np.nanmean(kept.of(row.key)) == pytest.approx(row.value, abs=1e-6) for row in accuracies.values())
     assert "questions: 24" in capsys.readouterr().out
     assert cli.main(command) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "already holds a run ('run.json' is there). Choose another folder, or go on with it by resume=True" in said
     assert cli.main([*command, "--resume"]) == 0
     assert cli.main([*command, "--resume", "--choices", "likelihood"]) == 2
     assert "was started with other settings (choices: 'generation', now 'likelihood')" in capsys.readouterr().err
