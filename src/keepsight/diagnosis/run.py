@@ -19,7 +19,7 @@ from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, w
 from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.probe import stratified_split
 from keepsight.diagnosis.result import Diagnosis
-from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, wanted_metrics
+from keepsight.diagnosis.rows import DEFAULT_METRICS, all_rows, open_lens, wanted_metrics
 from keepsight.diagnosis.summary import too_small
 from keepsight.results import Measurement, PerImage, PerImageBuilder, fingerprint, prompt_hash, versions
 from keepsight.results.maps import SimilarityMap
@@ -137,7 +137,8 @@ def diagnose(
     maps: list[SimilarityMap | None] = [None] * len(shown)
     if "maps" in wanted:
         with inference(model):
-            maps = similarity_maps(vlm, loader, shown, chosen)
+            read = open_lens(vlm, loader) if "lens" in wanted else None
+            maps = similarity_maps(vlm, loader, shown, chosen, read=None if isinstance(read, str) else read)
     if "random_weights" in null_models:
         twin = Vlm(random_weights(vlm, seed))
         rows += as_null(look(twin, replace(loader, vlm=twin))[0], RANDOM_WEIGHTS)

@@ -2,6 +2,7 @@
 
 from keepsight.results.examples import Example
 from keepsight.results.layout import RUN_FILE
+from keepsight.results.maps import SimilarityMap
 from keepsight.results.measurement import Key, Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, PerImageBuilder, merged
 from keepsight.results.provenance import command_line, fingerprint, prompt_hash, versions
@@ -18,6 +19,7 @@ __all__ = [
     "PerImage",
     "PerImageBuilder",
     "RunDirectory",
+    "SimilarityMap",
     "StorageError",
     "command_line",
     "fingerprint",
