@@ -95,9 +95,8 @@ SECTIONS = (
         "fidelity",
         "How much of the encoder's output is left",
         "Fidelity",
-        "A linear map, trained on other images, predicts from a layer what the vision encoder had put out. The thin "
-        "lines are its controls: the target of another image at the same place, and the place alone. What lies above "
-        "them is left of this very picture.",
+        "A linear map, trained on other images, predicts from a layer what the vision encoder had put out. "
+        "What lies above the controls is left of this very picture.",
         ("fidelity", "fidelity_input", "cka", "neighbour_agreement"),
         ("fidelity_cosine", "fidelity_input_cosine"),
         "Fidelity to layer 0, shared neighbours, and cosines of the predictions",

@@ -62,6 +62,12 @@ class Figures:
     tokens: list[str]
 
     @property
+    def controls(self) -> list[str]:
+        """Names of the thin dotted lines, in the order of their first figure."""
+        lines = (line for panel in self.panels for view in panel.views for line in view["lines"])
+        return list(dict.fromkeys(line["name"] for line in lines if line["role"] == "control"))
+
+    @property
     def panels(self) -> list[Panel]:
         return [panel for group in self.groups for panel in group.panels] + self.more
 

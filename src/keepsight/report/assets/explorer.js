@@ -198,6 +198,7 @@
     const jump = { PageUp: 1, PageDown: -1 }[event.key];
     if ((!move && !jump) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
+    state.hovered = null; // a pointer that merely rests on the picture
     if (jump) return step(jump);
     const { map, token } = views.find((view) => view.svg === event.currentTarget);
     const [x, y] = centre(map, token);
