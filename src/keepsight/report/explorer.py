@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keepsight.report.curves import Run
-from keepsight.report.pictures import Picture, show
+from keepsight.report.pictures import IGNORE, Picture, show
 from keepsight.results import SimilarityMap
 
 BUDGET = 18_000_000  # characters of maps in a page, which with Plotly's 5 MB and the pictures stays under 25 MB
@@ -31,10 +31,13 @@ class Shown:
     maps: dict[int, Packed] = field(default_factory=dict)
 
 
-def gather(runs: Sequence[Run], budget: int = BUDGET) -> list[Shown]:
+def gather(runs: Sequence[Run], budget: int = BUDGET) -> tuple[list[Shown], list[str]]:
     """Each example once, because runs of one comparison mostly hold the same ones; its maps side by side.
 
     Pictures past `budget` characters of maps are shown without theirs.
+
+    Returns:
+        The pictures, and the words that the lens reads in all of them, to which the maps point.
     """
     found: dict[tuple[str, str], Shown] = {}
     waiting: dict[tuple[str, str], dict[int, tuple[SimilarityMap, np.ndarray | None]]] = {}
@@ -45,25 +48,30 @@ def gather(runs: Sequence[Run], budget: int = BUDGET) -> list[Shown]:
             found.setdefault(key, Shown(picture))
             if example.map is not None:
                 waiting.setdefault(key, {})[number] = example.map, example.mask
-    left = budget
+    left, words = budget, dict[str, int]()
     for key, maps in waiting.items():
-        packed = {number: pack(*each) for number, each in maps.items()}
+        packed = {number: pack(*each, words) for number, each in maps.items()}
         left -= sum(len(each.data) for each in packed.values())
         if left < 0:
             break
         found[key].maps = packed
-    return list(found.values())
+    return list(found.values()), list(words)
 
 
-def pack(found: SimilarityMap, mask: np.ndarray | None) -> Packed:
-    """A map as explorer.js reads it: one little-endian array after the other, in the order of `parts`."""
+def pack(found: SimilarityMap, mask: np.ndarray | None, words: dict[str, int]) -> Packed:
+    """A map as explorer.js reads it: one little-endian array after the other, in the order of `parts`.
+
+    Args:
+        words: a table of words and their places, which grows by this map's.
+    """
     layers, n, components = found.codes.shape
     whole = found.thumbnail if len(found.thumbnail) else np.zeros(n, dtype=bool)
     spoken = found.top.size > 0
     boxes = cells(found)
+    places = np.array([words.setdefault(str(word), len(words)) for word in found.words], dtype=np.int32)
     parts = (
         boxes.astype("<f4"),  # [N, 4]: left, top, width, height in shares of the picture
-        (found.top if spoken else np.zeros((layers, 0))).astype("<i4"),  # [L, N]
+        (places[found.top] if spoken else np.zeros((layers, 0))).astype("<i4"),  # [L, N]
         found.row.astype("<i2"),
         found.column.astype("<i2"),
         found.codes.transpose(0, 2, 1),  # [L, K, N]: packs best with one component after the other
@@ -75,7 +83,7 @@ def pack(found: SimilarityMap, mask: np.ndarray | None) -> Packed:
         "layers": found.layers.tolist(),
         "n": n,
         "components": components,
-        "words": found.words.tolist() if spoken else None,
+        "spoken": spoken,
         "error": [round(float(error), 4) for error in found.error],
         "tiled": bool(whole.any()) and not bool(whole.all()),
     }
@@ -113,13 +121,15 @@ def _objects(boxes: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     if mask is None:
         return owner
     height, width = mask.shape
-    values = [value for value in np.unique(mask).tolist() if value not in (0, 255)]
-    for token in np.flatnonzero(np.isfinite(boxes).all(axis=1)):
-        left, top, across, down = boxes[token]
-        rows = slice(max(0, round(top * height)), max(round((top + down) * height), 0))
-        columns = slice(max(0, round(left * width)), max(round((left + across) * width), 0))
-        inside = mask[rows, columns]
-        shares = [(inside == value).mean() if inside.size else 0.0 for value in values]
-        if shares and max(shares) >= 0.5:
-            owner[token] = 1 + int(np.argmax(shares))
+    placed = np.flatnonzero(np.isfinite(boxes).all(axis=1))
+    left, top, across, down = boxes[placed].T
+    t, b = ((height * edge).round().clip(0, height).astype(int) for edge in (top, top + down))
+    l, r = ((width * edge).round().clip(0, width).astype(int) for edge in (left, left + across))
+    area = np.maximum((b - t) * (r - l), 1)
+    best = np.full(len(placed), 0.5)
+    for number, value in enumerate((value for value in np.unique(mask) if value not in (0, IGNORE)), start=1):
+        sums = np.pad((mask == value).cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
+        share = (sums[b, r] - sums[t, r] - sums[b, l] + sums[t, l]) / area
+        more = (share >= best) & ((share > best) | (owner[placed] == 0))
+        owner[placed[more]], best[more] = number, share[more]
     return owner

@@ -23,7 +23,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
     """The page as one string of HTML that needs nothing else."""
     assets = resources.files("keepsight.report") / "assets"
     sections = [figures for section in SECTIONS if (figures := draw_section(runs, section))]
-    shown = gather(runs)
+    shown, words = gather(runs)
     data = {
         "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in runs],
         "panels": {
@@ -35,6 +35,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
             {"objects": item.picture.objects, "maps": {run: each.info for run, each in item.maps.items()}}
             for item in shown
         ],
+        "words": words,
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = lambda row: write_number(row.metric, row.value)

@@ -35,7 +35,7 @@
       };
       unpacked.set(key, {
         ...info,
-        boxes: take(Float32Array, 4 * n), top: take(Int32Array, info.words ? layers * n : 0), row: take(Int16Array, n), column: take(Int16Array, n),
+        boxes: take(Float32Array, 4 * n), top: take(Int32Array, info.spoken ? layers * n : 0), row: take(Int16Array, n), column: take(Int16Array, n),
         codes: take(Int8Array, layers * components * n), object: take(Uint8Array, n), whole: take(Uint8Array, n),
       });
     }
@@ -117,7 +117,7 @@
   }
 
   const number = (value) => value.toFixed(2).replace("-", "−");
-  const word = (map, position, token) => (map.words ? ` · reads “${map.words[map.top[position * map.n + token]].replace(/^ /, "␣").replace(/\s/g, (space) => (space === " " ? " " : JSON.stringify(space).slice(1, -1)))}”` : "");
+  const word = (map, position, token) => (map.spoken ? ` · reads “${data.words[map.top[position * map.n + token]].replace(/^ /, "␣").replace(/\s/g, (space) => (space === " " ? " " : JSON.stringify(space).slice(1, -1)))}”` : "");
   const mean = (values) => (values.length ? number(values.reduce((a, b) => a + b, 0) / values.length) : null);
 
   function measure(view) {
