@@ -119,7 +119,7 @@ def test_colours_rise_with_the_cosine(opened: Callable[..., Tab], report: Path) 
     click(page, 0, 19)
     values = map_of(sample_run(0)).similarity(4, 19)
     for scale in ("fixed", "stretched"):
-        page.locator(f'input[name=scale][value={scale}] + span').click()
+        page.locator(f"input[name=scale][value={scale}] + span").click()
         fills = page.locator('.view[data-run="0"] .heat rect').evaluate_all(
             "cells => cells.map((cell) => cell.getAttribute('fill').match(/\\d+/g).map(Number))"
         )

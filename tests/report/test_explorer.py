@@ -17,6 +17,7 @@ from keepsight.report.metrics import SECTIONS
 from keepsight.report.panels import OPEN, draw_section
 from keepsight.results import Example, LoadedRun, Measurement, SimilarityMap
 from keepsight.results.maps import compress
+from tests.report.browser import chromium
 from tests.report.sample import sample_run
 
 
@@ -146,6 +147,16 @@ def test_a_section_of_supporting_figures_alone_is_open() -> None:
     assert figures is not None
     assert [panel.title for panel in figures.groups[0].panels] == ["Coupling"]
     assert figures.more == []
+
+
+def test_without_a_browser_its_tests_are_skipped_unless_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("KEEPSIGHT_BROWSER", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Chromium is installed"), chromium():
+        pass
+    monkeypatch.setenv("KEEPSIGHT_BROWSER", "required")
+    with pytest.raises(pytest.fail.Exception, match="the report's browser tests did not run"), chromium():
+        pass
 
 
 @pytest.mark.slow

@@ -123,13 +123,14 @@ def _objects(boxes: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     height, width = mask.shape
     placed = np.flatnonzero(np.isfinite(boxes).all(axis=1))
     left, top, across, down = boxes[placed].T
-    t, b = ((height * edge).round().clip(0, height).astype(int) for edge in (top, top + down))
-    l, r = ((width * edge).round().clip(0, width).astype(int) for edge in (left, left + across))
-    area = np.maximum((b - t) * (r - l), 1)
+    first, below = ((height * edge).round().clip(0, height).astype(int) for edge in (top, top + down))
+    start, beyond = ((width * edge).round().clip(0, width).astype(int) for edge in (left, left + across))
+    area = np.maximum((below - first) * (beyond - start), 1)
     best = np.full(len(placed), 0.5)
     for number, value in enumerate((value for value in np.unique(mask) if value not in (0, IGNORE)), start=1):
         sums = np.pad((mask == value).cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
-        share = (sums[b, r] - sums[t, r] - sums[b, l] + sums[t, l]) / area
+        covered = sums[below, beyond] - sums[first, beyond] - sums[below, start] + sums[first, start]
+        share = covered / area
         more = (share >= best) & ((share > best) | (owner[placed] == 0))
         owner[placed[more]], best[more] = number, share[more]
     return owner

@@ -23,7 +23,6 @@ from keepsight.report.metrics import (
 )
 from keepsight.results import Measurement
 
-
 OPEN = 9  # figures of a group that are open to the eye; further ones are folded away
 
 
@@ -32,6 +31,8 @@ class Panel:
     """One figure. `views` has a set of lines for every (variant, tokens) that the selectors can ask for."""
 
     id: str
+    metric: str
+    target: str
     title: str
     help: str
     percent: bool
@@ -137,6 +138,8 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
     opening = next((run.headline(name, target) for run in runs if run.headline(name, target)), main[0])
     assert opening is not None
     return Panel(
+        metric=name,
+        target=target,
         id="-".join((section.id, name, str(targets_of(runs, name).index(target)))),
         title=target or shown.title if name == "probe_accuracy" else shown.title,
         help=shown.help,

@@ -16,7 +16,7 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Picture:
-    """An example ready for the page. `outline` is an SVG path in pixel units, "" without a mask; `objects` has one each."""
+    """An example ready for the page. `outline`: an SVG path in pixel units, "" without a mask; `objects`: one each."""
 
     uri: str
     width: int

@@ -1,6 +1,7 @@
 """Measurements and the folders that hold them. Depends on nothing else in the package."""
 
 from keepsight.results.examples import Example
+from keepsight.results.frame import frame
 from keepsight.results.layout import RUN_FILE
 from keepsight.results.maps import SimilarityMap
 from keepsight.results.measurement import Key, Measurement, read_rows, write_rows
@@ -23,6 +24,7 @@ __all__ = [
     "StorageError",
     "command_line",
     "fingerprint",
+    "frame",
     "make_folder",
     "merged",
     "prompt_hash",

@@ -26,9 +26,9 @@ class SimilarityMap:
     layers: int [L], layer indices; codes: int8 [L, N, K], in steps of 1/127;
     error: float32 [L], root mean square of the cosines' errors over pairs of different tokens; worst: float32 [L], the
     largest of them; centres: float32 [N, 2], (x, y) of each token's centre in shares of the picture's width and height,
-    NaN for tokens of padding alone; tile: int16 [N]; row, column: int16 [N], within the tile; thumbnail: bool [N], of the
-    whole picture beside its tiles, empty where there are none; top: int32 [L, N], which of `words` the lens reads from
-    each token, both empty without a lens; words: str [W].
+    NaN for tokens of padding alone; tile: int16 [N]; row, column: int16 [N], within the tile; thumbnail: bool [N], of
+    the whole picture beside its tiles, or empty; top: int32 [L, N], which of `words` the lens reads from each token,
+    both empty without a lens; words: str [W].
 
     A reader computes the cosine of tokens i and j at layer l as Σ_k c_ik c_jk / 127², cut to -1 … 1.
     """
