@@ -78,13 +78,13 @@ def all_rows(
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
     if "lens" in wanted:
-        lens = Lens(accumulator, _readout(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
+        lens = Lens(accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
         for position in tracked(positions, "lens", progress):
             rows += lens.rows(position)
     return rows
 
 
-def _readout(vlm: Vlm, loader: Loader) -> Readout | str:
+def open_lens(vlm: Vlm, loader: Loader) -> Readout | str:
     """The lens, or the reason why there is none; one picture is looked at."""
     one = replace(loader, batch_size=1)
     decoded = next(one.batches(range(len(one.pictures)), masks=False))

@@ -22,7 +22,7 @@ from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.prepare import check_labels, check_settings, chosen_layers, initial_encoder
 from keepsight.diagnosis.pruning import check_prunings, pruning_rows
 from keepsight.diagnosis.result import Diagnosis
-from keepsight.diagnosis.rows import DEFAULT_METRICS, MASKED, all_rows, wanted_metrics
+from keepsight.diagnosis.rows import DEFAULT_METRICS, MASKED, all_rows, open_lens, wanted_metrics
 from keepsight.diagnosis.selection import select
 from keepsight.diagnosis.summary import too_small
 from keepsight.processes import team
@@ -207,7 +207,8 @@ def diagnose(
         pruned: list[Measurement] = []
         with inference(model):
             if "maps" in wanted:
-                maps = similarity_maps(vlm, loader, shown, chosen)
+                read = open_lens(vlm, loader) if "lens" in wanted else None
+                maps = similarity_maps(vlm, loader, shown, chosen, read=None if isinstance(read, str) else read)
             if prunings:
                 pruned = pruning_rows(
                     vlm, loader, prunings, pictures.labels, done, per_image, seed=seed, progress=progress
