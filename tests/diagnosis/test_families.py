@@ -234,7 +234,7 @@ def by_pairs(tokens: torch.Tensor, objects: torch.Tensor) -> dict[str, float]:
 
 def compare(case: Case, split: bool = False) -> None:
     """Every layer, scope and variant of the patch structure against the pairwise definition."""
-    rows = {(r.metric, r.variant, r.layer, r.tokens): r for r in case.result.rows}
+    rows = {(r.metric, r.variant, r.layer, r.tokens): r for r in case.result.rows if not r.target}
     scopes = [
         scopes_of(case.family, image, states) for (image, _), states in zip(case.pictures, case.states, strict=True)
     ]
