@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from keepsight.commands import train as command
-from keepsight.training import checkpoints, recipe
+from keepsight.training import checkpoints, stages
 from tests.training.worker import shard_on_cpu
 
 
@@ -31,7 +31,7 @@ def at(stage: str, step: int, trainer: Any) -> bool:
 
 
 def kill_at(point: str) -> None:
-    trainer = recipe.KeepsightTrainer
+    trainer = stages.KeepsightTrainer
     if point == "export":
         from transformers import PreTrainedModel
 
