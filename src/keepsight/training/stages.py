@@ -112,9 +112,7 @@ class Stages:
             totals = memory["totals"]
             if state["global_step"] >= state["max_steps"]:
                 load_weights(self.model, checkpoint)
-                self._curves += record.curves_of(name, state["log_history"])
-                if self.run is not None:
-                    record.count(self.run, name, learning, state["global_step"], dataset, totals)
+                self._write(name, learning, state["global_step"], state["log_history"], totals)
                 return
         set_seed(self.config.seed + number)  # of its own, so that a stage does not hang on how the one before was run
         dataset.prepare_with(handle.prepare if handle.needs_pictures else None)
@@ -134,10 +132,7 @@ class Stages:
                 self.run = None
             raise
         finally:
-            self._curves += record.curves_of(name, trainer.state.log_history)
-            if self.run is not None:
-                write_file(self.run.path / record.CURVES, "".join(json.dumps(entry) + "\n" for entry in self._curves))
-                record.count(self.run, name, learning, trainer.state.global_step, dataset, trainer.pre_totals)
+            self._write(name, learning, trainer.state.global_step, trainer.state.log_history, trainer.pre_totals)
 
     def detach(self) -> dict[str, Any]:
         """Take PRe off the model; returns depth, width and PRe's layer for run.json."""
@@ -151,6 +146,15 @@ class Stages:
         }
         handle.detach()
         return described
+
+    def _write(
+        self, name: str, learning: int, steps: int, history: list[dict[str, Any]], totals: Mapping[str, int]
+    ) -> None:
+        """The curves so far, and the stage's counts; also of a stage that ended and was killed before this."""
+        self._curves += record.curves_of(name, history)
+        if self.run is not None:
+            write_file(self.run.path / record.CURVES, "".join(json.dumps(entry) + "\n" for entry in self._curves))
+            record.count(self.run, name, learning, steps, self.datasets[name], totals)
 
     def _kept(self, name: str) -> Path | None:
         return latest(Path(self.config.out) / STAGES / name)
