@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[train,dev]'
+	$(PIP) -e '.[train,figures,dev]'
 	@touch $@
 
 demo: setup
@@ -50,6 +50,6 @@ bench: setup
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 test-real: setup
-	$(PIP) -e '.[train,dev,real]'
+	$(PIP) -e '.[train,figures,dev,real]'
 	$(BIN)/python -m tests.real.fetch
 	$(BIN)/python -m pytest -m real -s $(ARGS)

@@ -2,9 +2,10 @@
 
     python benchmarks/capture.py
 
-With the default metrics. The pass takes probe features, patch structure and the sample of tokens at all layers; on top
-of the paired ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end: eigenvalues,
-fidelity, CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a 135 M model. Memory: what a whole `diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
+With the default metrics. The pass takes probe features, patch structure and the sample of tokens at all layers; on
+top of the paired ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end:
+eigenvalues, fidelity, CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a 135 M model. Memory: what a whole
+`diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def overhead(shape: str, pairs: int) -> bool:
     from keepsight.diagnosis.data import find_pictures
     from keepsight.diagnosis.fidelity import Fidelity
     from keepsight.diagnosis.lens import Lens, readout
-    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, accumulate, forward, measure
+    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, forward, measure, run_batch
     from keepsight.diagnosis.similarity import Similarity
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
     from keepsight.results import PerImageBuilder
@@ -64,7 +65,7 @@ def overhead(shape: str, pairs: int) -> bool:
             vlm.forward_core(**batches[next(turn) % 8].inputs)
 
         def diagnosed() -> None:
-            accumulate(vlm, batches[next(turn) % 8], accumulator, source)
+            accumulator.append(run_batch(vlm, batches[next(turn) % 8], accumulator, source))
 
         slow, fast = paired(diagnosed, plain, pairs)
         ratio = ratio_of(slow, fast)

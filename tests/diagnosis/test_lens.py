@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from keepsight.diagnosis import diagnose
 from keepsight.diagnosis.lens import NoLensError, readout, silencing, top_and_entropy
 from keepsight.vlm import Vlm, capture
-from tests.diagnosis.world import LAYERS, tiny_llava, write_world
+from tests.diagnosis.world import LAYERS, states_alone, tiny_llava, write_world
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.tiny import FAMILIES
 
@@ -123,3 +124,20 @@ def test_a_head_that_always_says_the_same_is_silent(world):
     word = processor.tokenizer.decode([42])
     assert rows["silencing", 3].note == f"256 tokens; 1 of 100 listed, most frequent: {word!r} 100 %"
     assert rows["silencing", 3].n == 6
+
+
+@torch.no_grad()
+def test_maps_keep_what_each_patch_would_say(world):
+    """At every layer of every shown picture, against the head on the model's own hidden states."""
+    model, processor = tiny_llava()
+    result = diagnose(model, processor, world, metrics=["lens", "maps"], progress=False)
+    norm, head = model.model.language_model.norm, model.lm_head
+    for example in result.examples[:2]:
+        found = example.map
+        states = states_alone(model, processor, Image.open(world / example.name).convert("RGB"))
+        for layer in range(LAYERS + 1):
+            top = head(norm(states[layer])).argmax(dim=1).tolist()
+            assert [found.word(layer, i) for i in range(len(top))] == [processor.tokenizer.decode([t]) for t in top]
+        assert len(set(found.words.tolist())) > 1
+    without = diagnose(model, processor, world, metrics=["maps"], progress=False)
+    assert without.examples[0].map.word(0, 0) is None

@@ -73,6 +73,17 @@ def test_limit_and_what_is_left_out(model, tasks, tmp_path, capsys):
     assert "left out of one: question 1: image 'pictures/0.png'" in capsys.readouterr().out
 
 
+def test_a_saved_data_set(model, tmp_path):
+    from datasets import Dataset
+
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    rows = {"question": ["what color ?"] * 2, "answer": ["red", "blue"], "image": pictures}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"))
+    command = ["evaluate", model, "--tasks", str(tmp_path / "set"), "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--max-new-tokens", "1"]) == 0
+    assert RunDirectory.open(tmp_path / "run").info["counts"]["questions"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

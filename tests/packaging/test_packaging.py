@@ -62,7 +62,7 @@ def test_citation_names_the_paper() -> None:
 def test_what_is_installed_is_pinned(project: dict[str, Any]) -> None:
     """Everything `make` installs has one version in constraints.txt, and a clean machine gets no other."""
     extras = project["optional-dependencies"]
-    wanted = {normal(item) for item in (*project["dependencies"], *extras["train"], *extras["dev"])}
+    wanted = {normal(item) for item in (*project["dependencies"], *extras["train"], *extras["figures"], *extras["dev"])}
     assert wanted <= set(pinned()), f"not in constraints.txt: {sorted(wanted - set(pinned()))}"
     assert "torchvision" not in pinned()
 
@@ -84,7 +84,7 @@ def dry_run(*arguments: str) -> str:
 def test_make_targets_set_up_before_they_run(target: str, tmp_path: Path) -> None:
     lines = dry_run(target, f"VENV={tmp_path / 'venv'}", "ARGS=--flag").splitlines()
     torch = next(i for i, line in enumerate(lines) if line.endswith("-c constraints.txt torch"))
-    rest = next(i for i, line in enumerate(lines) if "-e '.[train,dev]'" in line)
+    rest = next(i for i, line in enumerate(lines) if "-e '.[train,figures,dev]'" in line)
     assert torch < rest < len(lines) - 1
     assert all("-c constraints.txt" in line for line in lines if "pip install" in line)
     assert "--flag" in lines[-1]
@@ -104,6 +104,7 @@ def test_ci_script_is_sound() -> None:
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
     assert text.index("make test") < text.index("make demo")
+    assert "KEEPSIGHT_BROWSER=required make test" in text
 
 
 def test_shipped_weights_are_safetensors_and_small() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from keepsight.report import build
-from keepsight.results import Example, LoadedRun, Measurement, prompt_hash
+from keepsight.results import Example, LoadedRun, Measurement, SimilarityMap, prompt_hash
+from keepsight.results.maps import compress
 
 DEPTH = 8
 N = 600
@@ -81,6 +82,17 @@ def sample_run(arm: int, *, label: str | None = None, seed: int = 0) -> LoadedRu
         ("token_norm", ""): ((4.1, 9.8, 21.0), (4.0, 8.9, 18.5), 0.3),
         ("sink_tokens", ""): ((0.0, 0.4, 0.9), (0.0, 0.1, 0.3), 0.1),
         ("sink_channels", ""): ((0.0, 1.0, 2.0), (0.0, 1.0, 1.0), 0),
+        ("bleeding", "raw"): ((-0.62, -0.31, -0.22), (-0.62, -0.45, -0.38), 0.02),
+        ("bleeding", "raw, random weights"): ((-0.62, -0.55, -0.5), (-0.62, -0.55, -0.5), 0.02),
+        ("fidelity", ""): ((0.86, 0.52, 0.41), (0.86, 0.66, 0.58), 0.015),
+        ("fidelity", "another image, same place"): ((0.11, 0.09, 0.08), (0.11, 0.1, 0.09), 0.01),
+        ("fidelity", "position only"): ((0.08, 0.08, 0.08), (0.08, 0.08, 0.08), 0.01),
+        ("fidelity_input", ""): ((0.99, 0.71, 0.55), (0.99, 0.8, 0.66), 0.01),
+        ("fidelity_cosine", ""): ((0.93, 0.74, 0.66), (0.93, 0.82, 0.78), 0.01),
+        ("cka", ""): ((0.91, 0.62, 0.48), (0.91, 0.7, 0.61), 0.03),
+        ("neighbour_agreement", ""): ((0.71, 0.42, 0.31), (0.71, 0.5, 0.4), 0.03),
+        ("silencing", ""): ((0.08, 0.22, 0.61), (0.09, 0.15, 0.38), 0.04),
+        ("lens_entropy", ""): ((0.81, 0.66, 0.32), (0.82, 0.7, 0.45), 0.02),
     }
     for (metric, variant), (*arms, half) in curves.items():
         unit = "objects" if metric in ("cohesion", "coupling", "gap", "contrast") else "images"
@@ -92,6 +104,8 @@ def sample_run(arm: int, *, label: str | None = None, seed: int = 0) -> LoadedRu
                 ends = {"low": value - half, "high": value + half} if half else {}
                 if metric == "contrast" and layer == 7 and arm == 0:
                     value, ends = None, {"note": "coupling is near zero"}
+                if metric == "silencing":
+                    ends["note"] = "256 tokens; 1 of 400 listed, most frequent: 'a' 31 %, ' the' 12 %"
                 common = {"layer": layer, "n": N, "unit": unit, "variant": variant, "tokens": tokens, "seed": seed}
                 rows.append(Measurement(metric, value, **common, **ends))
     for target, prior, share in (
@@ -124,11 +138,38 @@ def sample_run(arm: int, *, label: str | None = None, seed: int = 0) -> LoadedRu
         "targets": TARGETS,
     }
     config = f"pre:\n  weight: {0.5 * arm}\n  layer: middle\nsteps: 600\nbatch_size: 32\n"
-    return LoadedRun(label or ("with PRe" if arm else "baseline"), rows, info, config, sample_pictures())
+    return LoadedRun(label or ("with PRe" if arm else "baseline"), rows, info, config, sample_pictures(arm))
 
 
-def sample_pictures(count: int = 6) -> list[Example]:
-    """Small scenes of two or three objects with their masks."""
+def sample_map(arm: int, mask: np.ndarray, grid: int = 8) -> SimilarityMap:
+    """Patches that share a direction with their object, less and less with depth, and each arm its own way."""
+    rng = np.random.default_rng([arm, 3])
+    side = len(mask) // grid
+    owner = mask[side // 2 :: side, side // 2 :: side].ravel()
+    directions, shared, own = rng.normal(size=(4, 32)), rng.normal(size=32), rng.normal(size=(grid * grid, 32))
+    packed = []
+    for layer in range(DEPTH + 1):
+        blur = layer / DEPTH * (0.6 if arm else 1.2)
+        packed.append(compress(directions[owner] * (1.4 - blur) + 0.5 * own + blur * shared))
+    codes, error, worst = zip(*packed, strict=True)
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    return SimilarityMap(
+        layers=np.arange(DEPTH + 1, dtype=np.int16),
+        codes=np.stack(codes),
+        error=np.array(error, dtype=np.float32),
+        worst=np.array(worst, dtype=np.float32),
+        centres=((np.column_stack([column, row]) + 0.5) / grid).astype(np.float32),
+        tile=np.zeros(grid * grid, np.int16),
+        row=row.astype(np.int16),
+        column=column.astype(np.int16),
+        thumbnail=np.zeros(grid * grid, dtype=bool),
+        top=np.stack([np.where(rng.random(grid * grid) < layer / DEPTH, 0, 1 + owner) for layer in range(DEPTH + 1)]),
+        words=np.array([" the", " grey", "red", " square", " circle"]),
+    )
+
+
+def sample_pictures(arm: int, count: int = 6) -> list[Example]:
+    """Small scenes of two or three objects with their masks and maps."""
     rng = np.random.default_rng(7)
     colours = {"red": (214, 64, 52), "blue": (52, 98, 196), "green": (62, 150, 84), "yellow": (232, 190, 60)}
     found = []
@@ -145,7 +186,9 @@ def sample_pictures(count: int = 6) -> list[Example]:
                 draw = ImageDraw.Draw(canvas)
                 draw.ellipse(box, fill=ink) if (number + index) % 2 else draw.rectangle(box, fill=ink)
             names.append(f"{name} {'circle' if (number + index) % 2 else 'square'}")
-        found.append(Example(image, np.asarray(mask), f"{number:05d}.png", "a " + " and a ".join(names)))
+        objects = np.asarray(mask)
+        caption = "a " + " and a ".join(names)
+        found.append(Example(image, objects, f"{number:05d}.png", caption, sample_map(arm, objects)))
     return found
 
 

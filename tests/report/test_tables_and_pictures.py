@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from keepsight.report import table
+from keepsight.report.curves import open_runs
 from keepsight.report.metrics import write_difference, write_interval, write_number
 from keepsight.report.pictures import outline, show
+from keepsight.report.tables import Cell, said
 from keepsight.results import Example, LoadedRun, Measurement
 
 
@@ -68,8 +70,29 @@ def test_large_pictures_shrink_with_their_masks() -> None:
     picture = show(Example(Image.new("RGB", (480, 960)), mask))
     assert (picture.width, picture.height) == (240, 480)
     assert picture.outline == "M0 0H240M0 240H240M0 0V240M240 0V240"
-    assert picture.objects == 1
+    assert picture.objects == [picture.outline]
     assert picture.uri.startswith("data:image/jpeg;base64,")
+
+
+def test_each_object_has_an_outline_of_its_own() -> None:
+    mask = np.array([[7, 3], [255, 7]], dtype=np.uint8)
+    picture = show(Example(Image.new("RGB", (2, 2)), mask))
+    # in the order of their values: 3 at the top right, then 7 at the top left and the bottom right
+    assert picture.objects == ["M1 0H2M1 1H2M1 0V1M2 0V1", "M0 0H1M0 1H2M1 2H2M0 0V1M1 0V2M2 1V2"]
+
+
+def test_what_the_lens_reads_layer_by_layer() -> None:
+    note = "256 tokens; 1 of 400 listed, most frequent: '<b>' 31 %, ' the' 12 %"
+    rows = [
+        Measurement("silencing", 0.25, layer=0, low=0.2, high=0.3, note=note),
+        Measurement("silencing", 0.75, layer=0, tokens="without sinks", note=note),
+        Measurement("silencing", None, layer=4, note="no LM head"),
+    ]
+    lines = said(open_runs([LoadedRun("a", rows), LoadedRun("b", rows[:1])]))
+    assert [line.layer for line in lines] == [0, 4]
+    assert lines[0].cells[0] == Cell("25.0 %", "[20.0, 30.0]", "'<b>' 31 %, ' the' 12 %")
+    assert lines[1].cells == (Cell("–", "", "no LM head"), Cell("–"))
+    assert said(open_runs([LoadedRun("a", [Measurement("gap", 0.5, layer=0)])])) == []
 
 
 def test_a_mask_of_another_size_is_refused() -> None:

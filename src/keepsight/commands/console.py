@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,11 +25,15 @@ def quiet() -> None:
 
 
 def device_named(name: str) -> str:
-    """The device to compute on, refused before the model is loaded if it cannot be used."""
+    """The device to compute on, refused before the model is loaded if it cannot be used.
+
+    "auto" gives each process of several a GPU of its own, as far as there are.
+    """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        gpus = torch.cuda.device_count()
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as cause:  # which of them, depends on the back-end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 
 from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import Decoded, Loader
-from keepsight.diagnosis.calibrate import Calibration
+from keepsight.diagnosis.calibrate import Calibration, LayerCalibration
+from keepsight.diagnosis.kept import Kept
 from keepsight.diagnosis.progress import tracked
+from keepsight.diagnosis.record import Record
+from keepsight.processes import Team
 from keepsight.vlm import Vlm, capture
 from keepsight.vlm.features import ProjectorInput, image_features
 
@@ -31,20 +35,90 @@ def measure(
     calibration_images: int | None = None,
     encoder: Vlm | None = None,
     bleeding: bool = False,
+    by_object: bool = False,
     progress: bool = False,
+    team: Team = Team(),  # noqa: B008 - it is frozen
+    kept: Kept | None = None,
 ) -> tuple[Accumulator, list[int]]:
     """The calibration pass and the main pass: the filled accumulator and the indices of the pictures it holds.
+
+    Batches are the same whatever the number of processes, and are taken in their order by the first one, so that its
+    accumulator is what one process would have; that of the others stays empty.
 
     Args:
         exact: sample every token.
         encoder: the model whose vision encoder's output is kept at the sampled tokens: this one, or another checkpoint.
         bleeding: also count neighbours.
+        by_object: keep the values of each object.
+        team: the processes that share out the pictures.
+        kept: what is there already, and where the rest is kept; the first process's alone.
 
     Raises:
         ValueError: no picture could be read, or the temporary folder has no room for all tokens (`exact`).
+        RuntimeError: another process failed.
     """
     n = len(loader.pictures)
-    size = min(n, calibration_images or min(32, max(8, n // 16)))
+    calibration, tokens = team.from_first(
+        team.together(lambda: _calibration(vlm, loader, layers, calibration_images, kept) if team.first else ({}, 0.0))
+    )
+    calibration = {layer: one.to(_device(vlm)) for layer, one in calibration.items()}
+    loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens))
+    loader.counted = COUNTED / n  # of one or more, all
+    if exact and team.first:
+        _check_room(folder, int(4 * len(layers) * vlm.width * n * tokens))
+    accumulator = Accumulator(layers, vlm.width, calibration, folder, exact, bleeding, by_object)
+    batches = [range(start, min(start + loader.batch_size, n)) for start in range(0, n, loader.batch_size)]
+    known = team.from_first(kept.batches() if kept else set())
+    waiting = [number for number in range(len(batches)) if number not in known]
+    total = -(-len(waiting) // team.size)
+    done: list[int] = []
+    source = None if encoder is None else EncoderOutput(encoder, vlm)
+
+    def append(number: int, record: Record) -> None:
+        loader.seen.update(record.seen)
+        accumulator.append(record)
+        done.extend(record.indices)
+        known.discard(number)
+
+    def append_known(before: int) -> None:
+        for number in sorted(one for one in known if one < before):
+            assert kept is not None
+            append(number, kept.load(number))
+
+    def step(group: Sequence[int]) -> Record | None:
+        if team.rank >= len(group):
+            return None
+        return accumulate(vlm, loader, batches[group[team.rank]], accumulator, source)
+
+    def take(group: Sequence[int], records: Sequence[Record | None]) -> None:
+        for number, record in zip(group, records, strict=False):
+            assert record is not None
+            if kept is not None:
+                kept.save(number, record)
+            append_known(number)
+            append(number, record)
+
+    try:
+        groups = [waiting[start : start + team.size] for start in range(0, len(waiting), team.size)]
+        for group in tracked(groups, "pictures", progress, total):
+            records = team.to_first(team.together(partial(step, group)))
+            team.together(partial(take, group, records))
+        if team.first:
+            append_known(len(batches))
+    finally:
+        if source is not None:
+            source.remove()
+    return accumulator, done
+
+
+def _calibration(
+    vlm: Vlm, loader: Loader, layers: Sequence[int], size: int | None, kept: Kept | None
+) -> tuple[dict[int, LayerCalibration], float]:
+    """The calibration and the mean number of tokens of its images, or those that are kept."""
+    if kept is not None and (found := kept.load_calibration()):
+        return found
+    n = len(loader.pictures)
+    size = min(n, size or min(32, max(8, n // 16)))
     order = np.random.default_rng([loader.seed, 5]).permutation(n)
     calibration, tokens, seen, start = Calibration(), 0, 0, 0
     while seen < size and start < n:  # once, unless pictures are broken: others take their place
@@ -55,31 +129,29 @@ def measure(
             tokens, seen = tokens + len(decoded.batch.image), seen + decoded.batch.n_images
     if not seen:
         raise ValueError(f"none of the {n} pictures can be read, such as '{loader.pictures[0].name}'; check the files")
-    loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens / seen))
-    loader.counted = COUNTED / n  # of one or more, all
-    if exact:
-        _check_room(folder, 4 * len(layers) * vlm.width * n * tokens // seen)
-    accumulator = Accumulator(layers, vlm.width, calibration.finish(), folder, exact, bleeding)
-    done: list[int] = []
-    total = -(-n // loader.batch_size)
-    source = None if encoder is None else EncoderOutput(encoder, vlm)
-    try:
-        for decoded in tracked(loader.batches(range(n), masks=True), "pictures", progress, total):
-            accumulate(vlm, decoded, accumulator, source)
-            done += decoded.indices
-    finally:
-        if source is not None:
-            source.remove()
-    return accumulator, done
+    finished = {layer: one.to(torch.device("cpu")) for layer, one in calibration.finish().items()}
+    if kept is not None:
+        kept.save_calibration(finished, tokens / seen)
+    return finished, tokens / seen
 
 
-def accumulate(vlm: Vlm, decoded: Decoded, accumulator: Accumulator, source: EncoderOutput | None = None) -> None:
-    """One batch of the main pass; `source`: where the vision encoder's output comes from, if it is wanted."""
+def accumulate(
+    vlm: Vlm, loader: Loader, indices: Sequence[int], accumulator: Accumulator, source: EncoderOutput | None = None
+) -> Record:
+    """Load one batch of the main pass and run it; `source`: where the encoder's output comes from, if it is wanted."""
+    decoded, seen = loader.load(indices, masks=True)
+    record = Record() if decoded is None else run_batch(vlm, decoded, accumulator, source)
+    record.seen = seen
+    return record
+
+
+def run_batch(vlm: Vlm, decoded: Decoded, accumulator: Accumulator, source: EncoderOutput | None = None) -> Record:
+    """One batch of the main pass."""
     accumulator.begin(decoded.batch.to(_device(vlm)))
     forward(vlm, decoded, accumulator.layers, accumulator.sink)
     if source is not None:
         source.keep(decoded, accumulator)
-    accumulator.end()
+    return accumulator.end(decoded.indices)
 
 
 class EncoderOutput:
@@ -93,6 +165,7 @@ class EncoderOutput:
         self.encoder = encoder
         self._runs = encoder is vlm
         self._why = ""
+        self._worked = False
         self._given: ProjectorInput | None = None
         try:
             self._given = ProjectorInput(encoder)
@@ -108,9 +181,10 @@ class EncoderOutput:
             try:
                 features = self._given.on_tokens(decoded.tokens, inputs)
                 accumulator.take_encoder(features.to(accumulator.device))
+                self._worked = True
                 return
             except ValueError as error:  # a family whose patches have no tokens; found at the first batch
-                if accumulator.encoder is not None:
+                if self._worked:
                     raise
                 self._why = _reason(error)
                 self.remove()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keepsight.results import Example, LoadedRun, Measurement, PerImage, RunDirectory
+from keepsight.results import Example, LoadedRun, Measurement, PerImage, RunDirectory, frame
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,35 @@ class Diagnosis:
         """Write one HTML file."""
         from keepsight.report import build
 
-        return build(
-            [LoadedRun(self.info["label"], self.rows, self.info, "", self.examples, self.per_image)], Path(path)
-        )
+        return build([self._loaded()], Path(path))
+
+    def figures(
+        self, *, metrics: Sequence[str] | None = None, variant: str | None = None, tokens: str = "all"
+    ) -> dict[str, Any]:
+        """The report's curves as Matplotlib figures: metric, or "metric, target", → `matplotlib.figure.Figure`.
+
+        Args:
+            metrics: only these.
+            variant, tokens: such as "raw" and "without sinks", where a metric has them.
+
+        Raises:
+            ImportError: Matplotlib is not installed.
+            ValueError: a metric of `metrics` has no curve.
+        """
+        from keepsight.report import figures
+
+        return figures([self._loaded()], metrics=metrics, variant=variant, tokens=tokens)
+
+    def frame(self) -> Any:
+        """The rows as a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame(self.rows)
+
+    def _loaded(self) -> LoadedRun:
+        return LoadedRun(self.info["label"], self.rows, self.info, "", self.examples, self.per_image)
 
     def save(
         self, run_directory: str | Path, *, overwrite: bool = False, config: Any = None, report: bool = False

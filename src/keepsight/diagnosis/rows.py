@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import Loader
+from keepsight.diagnosis.breakdown import object_rows
 from keepsight.diagnosis.fidelity import Fidelity
 from keepsight.diagnosis.lens import Lens, NoLensError, Readout, readout
 from keepsight.diagnosis.passes import on_device
@@ -16,9 +17,10 @@ from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm
 
-METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps")
+METRICS = ("probes", "structure", "objects", "bleeding", "spectrum", "fidelity", "lens", "maps")
 # What keeps a diagnosis within 1.25 times the plain forward on a model of 135 M parameters (benchmarks/capture.py).
-DEFAULT_METRICS = tuple(name for name in METRICS if name != "bleeding")
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("bleeding", "objects"))
+MASKED = ("structure", "objects", "bleeding")  # groups that masks are needed for
 STRUCTURE = ("cohesion", "coupling", "gap", "contrast")
 
 
@@ -59,9 +61,12 @@ def all_rows(
         )
     unwanted = () if "structure" in wanted else STRUCTURE
     rows += [row for row in image_rows(accumulator, per_image, seed=seed) if row.metric not in unwanted]
-    for group, metric in (("structure", "gap"), ("bleeding", "bleeding")):
+    if "objects" in wanted:
+        rows += object_rows(accumulator, per_image, seed=seed)
+    structured = "structure" if "structure" in wanted else "objects"
+    for group, metric in ((structured, "gap"), ("bleeding", "bleeding")):
         if group in wanted:
-            rows += missing_structure(accumulator, has_masks, loader.mask_values, metric=metric, seed=seed)
+            rows += missing_structure(accumulator, has_masks, loader.seen.mask_values, metric=metric, seed=seed)
     positions = range(len(accumulator.layers))
     if "spectrum" in wanted:
         for position in tracked(positions, "spectrum", progress):
@@ -73,13 +78,13 @@ def all_rows(
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
     if "lens" in wanted:
-        lens = Lens(accumulator, _readout(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
+        lens = Lens(accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
         for position in tracked(positions, "lens", progress):
             rows += lens.rows(position)
     return rows
 
 
-def _readout(vlm: Vlm, loader: Loader) -> Readout | str:
+def open_lens(vlm: Vlm, loader: Loader) -> Readout | str:
     """The lens, or the reason why there is none; one picture is looked at."""
     one = replace(loader, batch_size=1)
     decoded = next(one.batches(range(len(one.pictures)), masks=False))

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keepsight.report.curves import open_runs
+from keepsight.report.figures import figures
 from keepsight.report.page import render, render_markdown
 from keepsight.report.tables import table
 from keepsight.report.verdict import sentence, verdict
 from keepsight.results import LoadedRun, RunDirectory, make_folder, write_file
 
-__all__ = ["build", "table", "verdict"]
+__all__ = ["build", "figures", "table", "verdict"]
 
 
 def build(

@@ -26,6 +26,7 @@ class Section:
     metrics: tuple[str, ...]
     more: tuple[str, ...] = ()
     more_title: str = ""
+    folded: tuple[str, ...] = ()  # of `metrics`: in the table, but their figures are folded away with `more`
 
 
 METRICS = {
@@ -35,6 +36,7 @@ METRICS = {
         "Probe drop", "Share of the accuracy above chance that layer 0 had and this layer has not", percent=True
     ),
     "probe_worst_layer": Metric("Probe drop at the worst layer", percent=True),
+    "probe_accuracy_pruned": Metric("Probe accuracy, tokens pruned", percent=True),
     "cohesion": Metric("Cohesion", "Mean cosine between patches of one object"),
     "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
     "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),
@@ -88,17 +90,18 @@ SECTIONS = (
         "questions never ask about has no reason to stay; what they ask about often gets easier to read on the "
         "way up.",
         ("probe_accuracy",),
+        more_title="Further label sets",
     ),
     Section(
         "fidelity",
         "How much of the encoder's output is left",
         "Fidelity",
-        "A linear map, trained on other images, predicts from a layer what the vision encoder had put out. The thin "
-        "lines are its controls: the target of another image at the same place, and the place alone. What lies above "
-        "them is left of this very picture.",
+        "A linear map, trained on other images, predicts from a layer what the vision encoder had put out. "
+        "What lies above the controls is left of this very picture.",
         ("fidelity", "fidelity_input", "cka", "neighbour_agreement"),
         ("fidelity_cosine", "fidelity_input_cosine"),
-        "Cosines of the predictions",
+        "Fidelity to layer 0, shared neighbours, and cosines of the predictions",
+        ("fidelity_input", "neighbour_agreement"),
     ),
     Section(
         "structure",
@@ -107,6 +110,8 @@ SECTIONS = (
         "Cosines between patches, split by the masks. When coupling rises faster than cohesion, patches bleed "
         "into one another and the gap closes.",
         ("gap", "bleeding", "cohesion", "coupling", "contrast"),
+        more_title="Cohesion, coupling, and their ratio",
+        folded=("cohesion", "coupling", "contrast"),
     ),
     Section(
         "spectrum",
@@ -116,7 +121,8 @@ SECTIONS = (
         "norm pulls every one of these numbers.",
         ("participation_ratio", "entropy_rank", "feature_correlation", "token_homogeneity"),
         ("components_90", "components_95", "components_99"),
-        "Components for 90, 95 and 99 % of the variance",
+        "Entropy rank, token homogeneity, and components for 90, 95 and 99 % of the variance",
+        ("entropy_rank", "token_homogeneity"),
     ),
     Section(
         "lens",

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from itertools import groupby
-from typing import Any
 
 import jinja2
 import plotly.offline
@@ -12,10 +11,10 @@ from markupsafe import Markup
 
 from keepsight.report.curves import Run
 from keepsight.report.evidence import answer_block, evidence
+from keepsight.report.explorer import gather
 from keepsight.report.metrics import SECTIONS, write_interval, write_number, write_sample
 from keepsight.report.panels import draw_section
-from keepsight.report.pictures import show
-from keepsight.report.tables import Line, answers, others, summary
+from keepsight.report.tables import Line, answers, others, said, summary
 
 COLOURS = 6  # in report.css; further runs start again from the first
 
@@ -24,6 +23,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
     """The page as one string of HTML that needs nothing else."""
     assets = resources.files("keepsight.report") / "assets"
     sections = [figures for section in SECTIONS if (figures := draw_section(runs, section))]
+    shown, words = gather(runs)
     data = {
         "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in runs],
         "panels": {
@@ -31,6 +31,11 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
             for section in sections
             for panel in section.panels
         },
+        "pictures": [
+            {"objects": item.picture.objects, "maps": {run: each.info for run, each in item.maps.items()}}
+            for item in shown
+        ],
+        "words": words,
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = lambda row: write_number(row.metric, row.value)
@@ -46,7 +51,11 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         sections=sections,
         summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
         answers=answer_block(runs),
-        pictures=_pictures(runs),
+        said=said(runs),
+        shown=shown,
+        explored=any(item.maps for item in shown),
+        outlined=any(item.picture.outline for item in shown),
+        unmapped=sum(not item.maps for item in shown) if any(item.maps for item in shown) else 0,
         others=others(runs),
         facts=[_facts(run) for run in runs],
         data=data,
@@ -54,14 +63,9 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         style=Markup((assets / "report.css").read_text(encoding="utf-8")),
         theme=Markup((assets / "theme.js").read_text(encoding="utf-8")),
         script=Markup((assets / "report.js").read_text(encoding="utf-8")),
+        explorer=Markup((assets / "explorer.js").read_text(encoding="utf-8")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
     )
-
-
-def _pictures(runs: Sequence[Run]) -> list[Any]:
-    """Each example once: runs of one comparison mostly hold the same ones."""
-    shown = [show(example) for run in runs for example in run.loaded.examples]
-    return list({(picture.uri, picture.caption): picture for picture in shown}.values())
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

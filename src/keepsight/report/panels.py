@@ -23,12 +23,16 @@ from keepsight.report.metrics import (
 )
 from keepsight.results import Measurement
 
+OPEN = 9  # figures of a group that are open to the eye; further ones are folded away
+
 
 @dataclass(frozen=True)
 class Panel:
     """One figure. `views` has a set of lines for every (variant, tokens) that the selectors can ask for."""
 
     id: str
+    metric: str
+    target: str
     title: str
     help: str
     percent: bool
@@ -59,6 +63,12 @@ class Figures:
     tokens: list[str]
 
     @property
+    def controls(self) -> list[str]:
+        """Names of the thin dotted lines, in the order of their first figure."""
+        lines = (line for panel in self.panels for view in panel.views for line in view["lines"])
+        return list(dict.fromkeys(line["name"] for line in lines if line["role"] == "control"))
+
+    @property
     def panels(self) -> list[Panel]:
         return [panel for group in self.groups for panel in group.panels] + self.more
 
@@ -67,15 +77,21 @@ def draw_section(runs: Sequence[Run], section: Section) -> Figures | None:
     """The figures of a section; None if no run has a curve for it."""
     targets = target_groups(runs)
     grouped: dict[str, list[Panel]] = {}
+    more: list[Panel] = []
     for name in section.metrics:
         for target in _layered_targets(runs, name):
-            grouped.setdefault(targets.get(target, ""), []).append(_panel(runs, section, name, target))
-    if not grouped:
+            group = grouped.setdefault(targets.get(target, ""), []) if name not in section.folded else more
+            group.append(_panel(runs, section, name, target))
+    more += [_panel(runs, section, name, target) for name in section.more for target in _layered_targets(runs, name)]
+    more = [panel for group in grouped.values() for panel in group[OPEN:]] + more
+    grouped = {name: group[:OPEN] for name, group in grouped.items()}
+    if not grouped and not more:
         return None
+    if not grouped:
+        grouped, more = {"": more}, []
     order = [group for group in (NEVER_ASKED, ASKED) if group in grouped]
     order += [group for group in grouped if group not in order]
     groups = [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
-    more = [_panel(runs, section, name, target) for name in section.more for target in _layered_targets(runs, name)]
     views = [view for panel in [*(p for g in groups for p in g.panels), *more] for view in panel.views]
     variants = {view["variant"] for view in views if view["variant"]}
     tokens = dict.fromkeys(view["tokens"] for view in views)
@@ -122,6 +138,8 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
     opening = next((run.headline(name, target) for run in runs if run.headline(name, target)), main[0])
     assert opening is not None
     return Panel(
+        metric=name,
+        target=target,
         id="-".join((section.id, name, str(targets_of(runs, name).index(target)))),
         title=target or shown.title if name == "probe_accuracy" else shown.title,
         help=shown.help,

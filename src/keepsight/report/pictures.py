@@ -16,13 +16,13 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Picture:
-    """An example ready for the page. `outline` is an SVG path in pixel units, "" without a mask."""
+    """An example ready for the page. `outline`: an SVG path in pixel units, "" without a mask; `objects`: one each."""
 
     uri: str
     width: int
     height: int
     outline: str
-    objects: int
+    objects: list[str]
     name: str
     caption: str
     pixelated: bool  # small: enlarged without smoothing
@@ -47,6 +47,7 @@ def show(example: Example) -> Picture:
         image = image.resize(size, Image.Resampling.LANCZOS)
         if mask is not None:
             mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    values = [] if mask is None else sorted(set(np.unique(mask).tolist()) - {0, IGNORE})
     small = image.width * image.height <= _PHOTO
     buffer = io.BytesIO()
     image.save(buffer, format="PNG") if small else image.save(buffer, format="JPEG", quality=88)
@@ -56,7 +57,7 @@ def show(example: Example) -> Picture:
         width=image.width,
         height=image.height,
         outline="" if mask is None else outline(mask),
-        objects=0 if mask is None else len(set(np.unique(mask).tolist()) - {0, IGNORE}),
+        objects=[outline(np.where(mask == value, value, 0)) for value in values],
         name=example.name,
         caption=example.caption,
         pixelated=small,

@@ -87,6 +87,29 @@ def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
     return found
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the lens reads at one layer: a cell a run, its note the most frequent words."""
+
+    layer: int
+    cells: tuple[Cell, ...]
+
+
+def said(runs: Sequence[Run]) -> list[Said]:
+    """Silencing and the words behind it, layer by layer; empty where no run has a lens."""
+    rows = [run.curves.get(Series("silencing"), {}) for run in runs]
+    layers = sorted({layer for found in rows for layer in found if layer is not None})
+    return [Said(layer, tuple(_said(found.get(layer)) for found in rows)) for layer in layers]
+
+
+def _said(row: Measurement | None) -> Cell:
+    if row is None:
+        return Cell("–")
+    words = row.note.partition("most frequent: ")[2]
+    number, interval = write_number(row.metric, row.value), write_interval(row.metric, row.low, row.high)
+    return Cell(number, interval, words or row.note)
+
+
 def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str = "", full: bool = False) -> Table:
     """The summary as a table for the terminal, of runs or of the bare rows of one run.
 

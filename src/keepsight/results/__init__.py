@@ -1,7 +1,9 @@
 """Measurements and the folders that hold them. Depends on nothing else in the package."""
 
 from keepsight.results.examples import Example
+from keepsight.results.frame import frame
 from keepsight.results.layout import RUN_FILE
+from keepsight.results.maps import SimilarityMap
 from keepsight.results.measurement import Key, Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, PerImageBuilder, merged
 from keepsight.results.provenance import command_line, fingerprint, prompt_hash, versions
@@ -18,9 +20,11 @@ __all__ = [
     "PerImage",
     "PerImageBuilder",
     "RunDirectory",
+    "SimilarityMap",
     "StorageError",
     "command_line",
     "fingerprint",
+    "frame",
     "make_folder",
     "merged",
     "prompt_hash",

@@ -144,7 +144,7 @@
     Plotly.downloadImage(target, { format: "svg", filename: save.dataset.svg, width: target.clientWidth, height: target.clientHeight });
   }));
   const outlines = document.getElementById("outlines");
-  outlines?.addEventListener("change", () => document.getElementById("pictures").classList.toggle("bare", !outlines.checked));
+  outlines?.addEventListener("change", () => document.getElementById("explorer").classList.toggle("bare", !outlines.checked));
   const copy = document.getElementById("copy");
   if (navigator.clipboard) {
     copy.hidden = false;
