@@ -2,10 +2,10 @@
 
     python benchmarks/capture.py
 
-The pass takes probe features, patch structure, bleeding and the sample of tokens at all layers; on top of the paired
-ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end: eigenvalues, fidelity,
-CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a
-135 M model. Memory: what a whole `diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
+With the default metrics. The pass takes probe features, patch structure and the sample of tokens at all layers; on
+top of the paired ratio come, as shares of 1,000 pictures, the calibration pass and what is computed at the end:
+eigenvalues, fidelity, CKA and neighbours, lens. Bound: 1.25 times, on a tiny and a 135 M model. Memory: what a whole
+`diagnose` needs above the loaded model, peak, for 100 and for 2,000 pictures.
 """
 
 import argparse
@@ -40,13 +40,12 @@ def overhead(shape: str, pairs: int) -> bool:
     from keepsight.diagnosis.data import find_pictures
     from keepsight.diagnosis.fidelity import Fidelity
     from keepsight.diagnosis.lens import Lens, readout
-    from keepsight.diagnosis.passes import COUNTED, SAMPLE, accumulate, forward, measure
+    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, forward, measure, run_batch
     from keepsight.diagnosis.similarity import Similarity
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
     from keepsight.results import PerImageBuilder
     from keepsight.vlm import Vlm
     from keepsight.vlm.chat import render_prompt
-    from keepsight.vlm.features import ProjectorInput
 
     torch.manual_seed(0)
     model, processor = build(shape)
@@ -56,18 +55,17 @@ def overhead(shape: str, pairs: int) -> bool:
     pictures = find_pictures([image for image, _ in drawn], masks=[mask for _, mask in drawn])
     loader = Loader(vlm, processor, pictures.items, render_prompt(processor, "Describe the picture."), BATCH, seed=0)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        accumulator, _ = measure(vlm, loader, layers, Path(folder), exact=True, encoder=True, bleeding=True)
-        loader.counted = COUNTED / PICTURES
+        accumulator, _ = measure(vlm, loader, layers, Path(folder), exact=True, encoder=vlm)
         loader.rate = min(1.0, max(SAMPLE, 2 * vlm.width) / (PICTURES * 64))  # as in a run of 1,000 pictures
         batches = list(loader.batches(range(len(drawn)), masks=True))
         turn = iter(range(10**9))
-        given = ProjectorInput(vlm)
+        source = EncoderOutput(vlm, vlm)
 
         def plain() -> None:
             vlm.forward_core(**batches[next(turn) % 8].inputs)
 
         def diagnosed() -> None:
-            accumulate(vlm, batches[next(turn) % 8], accumulator, given)
+            accumulator.append(run_batch(vlm, batches[next(turn) % 8], accumulator, source))
 
         slow, fast = paired(diagnosed, plain, pairs)
         ratio = ratio_of(slow, fast)
@@ -77,7 +75,10 @@ def overhead(shape: str, pairs: int) -> bool:
         position = vlm.depth // 2
         names = [str(number) for number in range(accumulator.values.rows)]
         rows = seconds(lambda: image_rows(accumulator, PerImageBuilder(names), seed=0))
-        fidelity, lens = Fidelity(accumulator, 0), Lens(accumulator, readout(vlm, batches[0].inputs), str, 0)
+        fidelity, lens = (
+            Fidelity(accumulator, PerImageBuilder(names), 0),
+            Lens(accumulator, readout(vlm, batches[0].inputs), str, 0, vlm.depth // 2),
+        )
         for store in (accumulator.pooled, accumulator.encoder_pooled):
             layers_of = vlm.depth + 1 if store is accumulator.pooled else 1
             store.append(torch.randn(layers_of, PICTURES - store.rows, store.width))
@@ -86,12 +87,12 @@ def overhead(shape: str, pairs: int) -> bool:
             "calibration": calibrating * whole,
             "rows of images": rows,
             **{
-                name: (vlm.depth + 1) * seconds(partial(part, position))
-                for name, part in (
-                    ("eigenvalues", lambda at: spectrum_rows(accumulator, at, seed=0)),
-                    ("fidelity", fidelity.rows),
-                    ("CKA and neighbours", similarity.rows),
-                    ("lens", lens.rows),
+                name: count * seconds(partial(part, position))
+                for name, part, count in (
+                    ("eigenvalues", lambda at: spectrum_rows(accumulator, at, seed=0), len(layers)),
+                    ("fidelity", fidelity.rows, len(layers)),
+                    ("CKA and neighbours", similarity.rows, len(layers)),
+                    ("lens", lens.rows, len(lens.positions)),
                 )
             },
         }

@@ -93,9 +93,18 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     assert {("probe_accuracy", layer) for layer in range(5)} <= found
     assert (run.path / "report.html").stat().st_size > 1000
     assert "already holds a run" in fails(command, capsys)
-    assert cli.main(["diagnose", "--config", str(run.path / "config.yaml"), "--layers", "[0,4]", "--overwrite"]) == 0
+    changed = ["--layers", "[0,4]", "--metrics", "structure,fidelity", "--nulls", "random_weights", "--overwrite"]
+    changed += ["--initial", str(trained)]
+    assert cli.main(["diagnose", "--config", str(run.path / "config.yaml"), *changed]) == 0
+    capsys.readouterr()
     again = RunDirectory.open(tmp_path / "seen")
     assert {row.layer for row in again.read_rows() if row.metric == "gap"} == {0, 4}
+    kinds = {row.variant for row in again.read_rows() if row.metric == "fidelity"}
+    assert {"", "position only", "random weights"} <= kinds
+    assert "metrics holds 'lense'; allowed: default, all, or any of probes, structure" in fails(
+        [*command, "--overwrite", "--metrics=lense"], capsys
+    )
+    assert "nulls holds 'noise'; allowed: random_weights" in fails([*command, "--overwrite", "--nulls=noise"], capsys)
     assert yaml.safe_load((again.path / "config.yaml").read_text())["layers"] == [0, 4]
 
 

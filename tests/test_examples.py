@@ -10,9 +10,11 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
 
 
-def run(example: Path, folder: Path) -> str:
+def run(example: Path, folder: Path, processes: int = 1) -> str:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    folder.mkdir(exist_ok=True)
     done = subprocess.run(
-        [sys.executable, str(example)],
+        [sys.executable, *launch, str(example)],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -24,7 +26,7 @@ def run(example: Path, folder: Path) -> str:
 
 
 def test_there_are_examples_and_each_is_short():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     assert all(len(example.read_text(encoding="utf-8").splitlines()) < 80 for example in EXAMPLES)
 
 
@@ -55,3 +57,13 @@ def test_trainer_that_stays_as_it_is(tmp_path):
     out = run(EXAMPLES[3], tmp_path).splitlines()[-1]
     assert out.startswith("cosine ")
     assert float(out.split("moved by ")[1].split()[0]) > 1e-3
+
+
+@pytest.mark.slow
+def test_accelerate_loop(tmp_path):
+    """Two micro-batches on each of two processes train like four on one."""
+    one, two = (run(EXAMPLES[4], tmp_path / name, count) for name, count in (("one", 1), ("two", 2)))
+    curves = [[line.split("  cosine")[0] for line in out.splitlines() if line.startswith("step")] for out in (one, two)]
+    assert len(curves[0]) == 4
+    assert curves[0] == curves[1]
+    assert (tmp_path / "two" / "runs" / "example-accelerate" / "model.safetensors").is_file()

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "train the tiny testbed model without and with PRe, diagnose both, write one report (minutes, offline)",
     "diagnose": "measure what is left of pictures at every layer of a model; rows, report and configuration",
     "evaluate": "ask a model questions about pictures and score its answers, with intervals; goes on after a kill",
+    "attribute": "set skill against what the layers still tell, over a training: one r a run, intervals over seeds",
     "compare": "put runs side by side: differences in pairs, one report, an exit status for pipelines",
     "train": "train a model in LLaVA's two stages from a recipe, with PRe or without",
     "export": "write what a training run trained as a plain transformers checkpoint (or adapter) with a model card",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+_FRAMES = "keepsight: more frames than one"  # in a picture's info
 SKIP = "Repair or remove it, or pass skip_broken=True (--skip-broken) to leave such pictures out."
 
 
@@ -99,7 +100,12 @@ def decode(
             return finish(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return finish(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as cause:
+    except Image.DecompressionBombError as cause:
+        raise ImageError(
+            f"{what} is too large to be decoded ({cause}); allowed are {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
+            f"twice PIL.Image.MAX_IMAGE_PIXELS. Scale it down, or raise that limit if you trust the file. {advice}"
+        ) from cause
+    except (OSError, SyntaxError, ValueError, EOFError) as cause:
         raise ImageError(
             f"{what} cannot be read ({type(cause).__name__}: {cause}); it may be truncated or no picture. {advice}"
         ) from cause
@@ -119,7 +125,20 @@ def open_image(source: Any, name: str, advice: str = SKIP) -> Image.Image:
     return decode(source, f"image '{name}'", _upright_rgb, advice)
 
 
+def is_animated(image: Image.Image) -> bool:
+    """Whether `open_image` took the first of several frames or pages."""
+    return bool(image.info.get(_FRAMES))
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    # Cameras put a preview or a depth map into the same file (MPO); that is one picture.
+    frames = getattr(image, "is_animated", False) and image.format != "MPO"
+    found = _still_rgb(image)
+    found.info[_FRAMES] = frames
+    return found
+
+
+def _still_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # more than 8 bits a pixel, which `convert` would clip to white
         values = np.asarray(image).astype(np.int64)

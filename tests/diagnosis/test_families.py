@@ -174,6 +174,7 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
         batch_size=4,
         calibration_images=9,
         progress=False,
+        metrics="all",
         **options,
     )
     hook.remove()

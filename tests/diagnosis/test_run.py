@@ -1,5 +1,7 @@
 """`diagnose` end to end on a tiny model: against values computed from full captures, image by image."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from keepsight.diagnosis.ridge import TEST, TRAIN
 from keepsight.results import RunDirectory
 from tests.diagnosis.test_structure import pairwise
 from tests.diagnosis.world import LAYERS, TOKENS, WIDTH, picture, states_alone, tiny_llava, write_world
+from tests.tiny import gemma
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +145,37 @@ def test_fidelity_equals_scikit_learn(result, world, parts, states):
             expected = 1 - ((model.predict(x[test]) - y[test]) ** 2).sum() / (y[test] ** 2).sum()
             assert row.value == pytest.approx(expected, abs=2e-4), (metric, layer)
             assert (row.n, row.low < row.value < row.high or layer == 0) == (5, True)
+            shares = result.per_image.of(row.key)
+            assert (~np.isnan(shares)).sum() == 5
+            assert np.nanmean(shares) == pytest.approx(row.value, abs=1e-6)
     assert value(result, "fidelity_input", 0).value > 0.999
     assert value(result, "fidelity", 0).value > value(result, "fidelity", 0, "another image, same place").value + 0.2
+
+
+def test_the_initial_encoders_output_is_the_target(parts, world):
+    """Whatever training made of the encoder: the target is that of the checkpoint that it began with."""
+    model, processor = tiny_llava()
+    with torch.no_grad():
+        for parameter in model.model.vision_tower.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    few = {"layers": [0], "metrics": ["fidelity"], "progress": False}
+    own = diagnose(model, processor, world[0], **few)
+    found = diagnose(model, processor, world[0], initial=parts[0], **few)
+    plain = diagnose(*parts, world[0], **few)
+    place = {
+        name: value(r, "fidelity", 0, "position only").value for name, r in zip("ofp", (own, found, plain), strict=True)
+    }
+    assert place["f"] == pytest.approx(place["p"], abs=1e-6)
+    assert place["o"] != pytest.approx(place["p"], abs=1e-3)
+    assert value(found, "fidelity", 0).value != pytest.approx(value(plain, "fidelity", 0).value, abs=1e-3)
+    with pytest.raises(ValueError, match="initial is of family 'gemma3', the model of 'llava'; they must be the same"):
+        diagnose(*parts, world[0], initial=gemma(), progress=False)
+
+
+def test_no_room_for_all_tokens(parts, world, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"exact=True keeps all tokens in .*, about 0.0 GB, and 0.0 GB are free there"):
+        diagnose(*parts, world[0], exact=True, progress=False)
 
 
 def test_metrics_can_be_switched_off(parts, world):
@@ -154,7 +186,10 @@ def test_metrics_can_be_switched_off(parts, world):
     }
     none = diagnose(*parts, world[0], masks=world[1], layers=[1], metrics=(), progress=False)
     assert {r.metric for r in none.rows} == {"token_norm", "token_homogeneity", "sink_tokens", "sink_channels"}
-    with pytest.raises(ValueError, match="metrics holds 'structur'; allowed: probes, structure, bleeding, spectrum"):
+    with pytest.raises(
+        ValueError,
+        match="metrics holds 'structur'; allowed: default, all, or any of probes, structure",
+    ):
         diagnose(*parts, world[0], metrics=["structur"], progress=False)
 
 

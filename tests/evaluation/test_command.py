@@ -55,7 +55,8 @@ def test_two_tasks(model, tasks, tmp_path, capsys):
     assert all(np.nanmean(kept.of(row.key)) == pytest.approx(row.value, abs=1e-6) for row in accuracies.values())
     assert "questions: 24" in capsys.readouterr().out
     assert cli.main(command) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "already holds a run ('run.json' is there). Choose another folder, or go on with it by resume=True" in said
     assert cli.main([*command, "--resume"]) == 0
     assert cli.main([*command, "--resume", "--choices", "likelihood"]) == 2
     assert "was started with other settings (choices: 'generation', now 'likelihood')" in capsys.readouterr().err
@@ -70,6 +71,17 @@ def test_limit_and_what_is_left_out(model, tasks, tmp_path, capsys):
     )
     assert RunDirectory.open(out).info["counts"]["questions left out"] == 2
     assert "left out of one: question 1: image 'pictures/0.png'" in capsys.readouterr().out
+
+
+def test_a_saved_data_set(model, tmp_path):
+    from datasets import Dataset
+
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    rows = {"question": ["what color ?"] * 2, "answer": ["red", "blue"], "image": pictures}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"))
+    command = ["evaluate", model, "--tasks", str(tmp_path / "set"), "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--max-new-tokens", "1"]) == 0
+    assert RunDirectory.open(tmp_path / "run").info["counts"]["questions"] == 2
 
 
 @pytest.mark.parametrize(

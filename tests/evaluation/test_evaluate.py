@@ -8,6 +8,7 @@ from keepsight.evaluation.scoring import interval, normalise
 from keepsight.testbed import models
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.scenes import draw_scenes
+from keepsight.vlm.pruning import Pruning
 from tests.tiny import llava
 from tests.tiny_processors import make_llava
 
@@ -265,3 +266,16 @@ def test_stopped_and_gone_on(vlm, tmp_path, monkeypatch):
     assert all(line.endswith("}") for line in file.read_text().splitlines())
     with pytest.raises(ValueError, match="is not among the questions asked now, or has another text"):
         evaluate(model, processor, [Question("other ?", "a")], journal=tmp_path / "j")
+
+
+def test_pruned_tokens_change_the_answers_of_single_and_batched_alike(vlm):
+    model, processor = vlm
+    questions = vqa_items(draw_scenes(5, 3), turns=4)
+    whole = evaluate(model, processor, questions, batch_size=5, max_new_tokens=4)
+    for pruning in (Pruning(2, 0.1), Pruning(0, 0.0, "uniform")):
+        batched = evaluate(model, processor, questions, batch_size=5, max_new_tokens=4, pruning=pruning)
+        single = evaluate(model, processor, questions, batch_size=1, max_new_tokens=4, pruning=pruning)
+        assert [r.prediction for r in batched.records] == [r.prediction for r in single.records]
+        assert [r.prediction for r in batched.records] != [r.prediction for r in whole.records]
+    blind = {(r.question.question, r.prediction) for r in single.records}
+    assert len(blind) == len({question for question, _ in blind}), "without any token the question decides alone"

@@ -20,9 +20,11 @@ from keepsight import cli
 from keepsight.pre import PReConfig
 from keepsight.results import RunDirectory, StorageError
 from keepsight.training import export as module
+from keepsight.training.card import model_card
 from keepsight.training.config import DataConfig, LoraConfig, ModelConfig, StageConfig, TrainConfig
 from keepsight.training.export import ExportError, export
 from keepsight.training.recipe import train
+from keepsight.training.record import start
 from tests.tiny_processors import make_llava, save_llava
 from tests.training.test_conversations import entry
 
@@ -167,6 +169,18 @@ def test_a_run_without_pre_is_exported_as_the_baseline_it_is(tmp_path) -> None:
     assert "without predictive regularization (λ = 0): a baseline" in card.text
     assert card.data.tags == ["keepsight"]
     assert "| full | 4 |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("run_weight", "stage_weights", "said"),
+    [(0.0, (None, 0.25), "λ = 0.25, "), (0.5, (0.125, None), "λ = 0.125 and 0.5, "), (0.5, (0.0, None), "λ = 0.5, ")],
+)
+def test_the_card_names_the_weights_of_the_stages(tmp_path, run_weight, stage_weights, said) -> None:
+    off, both = StageConfig(max_steps=2, pre_weight=stage_weights[0]), ("projector", "language_model")
+    stages = {"projector": off, "full": StageConfig(train=both, max_steps=2, pre_weight=stage_weights[1])}
+    config = setting(tmp_path, "run", pre=PReConfig(weight=run_weight), **stages)
+    card = model_card(start(config), config, [], form="merged", steps=None)
+    assert f"with predictive regularization: {said}layer middle" in card.text
 
 
 def test_hub_names_are_in_the_front_matter(runs, tmp_path) -> None:

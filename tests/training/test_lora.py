@@ -192,6 +192,13 @@ def test_four_bits_train_and_are_merged_into_the_weights_themselves(tmp_path, mo
     assert all("q_proj" in name or "projector" in name for name in moved)
 
 
+def test_shards_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"lora.rank is 4 under FSDP: .* Launch without FSDP"):
+        train(setting(tmp_path, "run", lora=LoraConfig(rank=4)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'LoRA needs PEFT: pip install "keepsight\[train\]"'):

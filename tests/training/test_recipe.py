@@ -189,7 +189,7 @@ def test_a_folder_with_a_run_is_refused_and_kept(setting) -> None:
     out = Path(setting["out"])
     out.mkdir()
     (out / "run.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match=r"already holds a run .*, or go on with it by resume=True \(--resume\)$"):
         train(TrainConfig(**setting))
     assert (out / "run.json").read_text() == "{}"
 

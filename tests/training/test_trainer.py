@@ -56,19 +56,11 @@ class Gradients(TrainerCallback):
 
 
 def train(
-    model: Any,
-    path: Any,
-    data: list[dict[str, Any]],
-    cls: type[Trainer] = PReTrainer,
-    *,
-    batch: int,
-    accumulate: int = 1,
-    **arguments: Any,
+    model: Any, path: Any, data: list[dict[str, Any]], cls: type[Trainer] = PReTrainer, **arguments: Any
 ) -> tuple[Any, Gradients]:
+    """`make_trainer`'s arguments; the trainer when it is done, and the gradients of its steps."""
     gradients = Gradients()
-    trainer = make_trainer(
-        model, path, data, cls, batch=batch, accumulate=accumulate, callbacks=[gradients], **arguments
-    )
+    trainer = make_trainer(model, path, data, cls, callbacks=[gradients], **arguments)
     trainer.train()
     return trainer, gradients
 

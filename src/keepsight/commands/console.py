@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,15 @@ def quiet() -> None:
 
 
 def device_named(name: str) -> str:
-    """The device to compute on, refused before the model is loaded if it cannot be used."""
+    """The device to compute on, refused before the model is loaded if it cannot be used.
+
+    "auto" gives each process of several a GPU of its own, as far as there are.
+    """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        gpus = torch.cuda.device_count()
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as cause:  # which of them, depends on the back-end
@@ -50,3 +57,19 @@ def training_run(model: Path) -> dict[str, Any]:
     if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
         return {}
     return {"label": run.label, "pre_layer": layer, "training_seed": run.info.get("seed")}
+
+
+def listed(given: Sequence[str], flag: str) -> list[str]:
+    """`--tasks a b` → `--tasks ["a", "b"]`, which the parser knows."""
+    result: list[str] = []
+    position = 0
+    while position < len(given):
+        result.append(given[position])
+        position += 1
+        if result[-1] == flag:
+            files = []
+            while position < len(given) and not given[position].startswith("--"):
+                files.append(given[position])
+                position += 1
+            result += files if files and files[0].startswith("[") else [json.dumps(files)] * bool(files)
+    return result

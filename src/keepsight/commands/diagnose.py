@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,10 @@ class DiagnoseConfig:
         model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
         images: folder of pictures, with a subfolder for each class or none; or a HuggingFace data set on disk.
         masks: folder with <stem>.png for each picture: 0 background, 255 ignored, other values objects.
+        mask_format: what masks hold: "index" (as above), "coco-stuff", "ade20k" or "voc"; see docs/data.md.
+        mask_suffix: what the masks' names end in after the picture's stem, such as _mask.png; null = the format's own.
+        classes: diagnose these classes only: "cat,dog"; "all" = all.
+        limit: diagnose at most so many pictures, drawn with the seed evenly from the classes; null = all.
         labels: JSON file {"label set": {"picture's path in the folder": "label", …}, …}; null = the subfolders.
         out: the run's folder.
         label: the run's name in the report; null = the model's.
@@ -26,13 +30,21 @@ class DiagnoseConfig:
         batch_size: pictures at once.
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
-        metrics: groups of numbers, such as fidelity,lens; "all", or any of probes, structure, bleeding, spectrum,
-            fidelity, lens, maps.
+        metrics: groups of numbers: "default" (all but objects and bleeding), "all", or some of probes, structure,
+            objects, bleeding, spectrum, fidelity, lens, maps.
         nulls: null models to measure as well: "none", or random_weights (takes as long again).
+        initial: model directory or hub id that the training of the vision encoder began with: its output is what
+            fidelity predicts; null = the model's own.
+        prune_keep: shares of the visual tokens, such as [0.5,0.1]: probe the middle and the last layer also with only
+            so many kept after layer prune_layer. Each takes a forward over the pictures.
+        prune_layer: the layer after which they are dropped.
+        prune_by: which are kept: "attention", "random" or "uniform", as in `keepsight evaluate`.
         split_components: count each connected part of a mask's value as an object (for semantic masks).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code that comes with the checkpoint. Off unless you know its author.
+        keep_features: folder for what is taken from the model, to go on from after a stop, or to diagnose again with
+            other labels without a forward; null = it is not kept.
         overwrite: replace the run that the folder holds.
     """
 
@@ -40,6 +52,10 @@ class DiagnoseConfig:
     images: str
     out: str
     masks: str | None = None
+    mask_format: Literal["index", "coco-stuff", "ade20k", "voc"] = "index"
+    mask_suffix: str | None = None
+    classes: str = "all"
+    limit: int | None = None
     labels: str | None = None
     label: str | None = None
     layers: list[int] | str = "all"
@@ -47,11 +63,16 @@ class DiagnoseConfig:
     seed: int = 0
     skip_broken: bool = False
     split_components: bool = False
-    metrics: str = "all"
+    metrics: str = "default"
     nulls: str = "none"
+    initial: str | None = None
+    prune_keep: list[float] = field(default_factory=list)
+    prune_layer: int = 2
+    prune_by: Literal["attention", "random", "uniform"] = "attention"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    keep_features: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -95,19 +116,27 @@ def main(arguments: Sequence[str]) -> None:
     from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
-    from keepsight.diagnosis import METRICS, diagnose
+    from keepsight.diagnosis import diagnose
     from keepsight.diagnosis.nulls import wanted_nulls
     from keepsight.diagnosis.rows import wanted_metrics
+    from keepsight.processes import rank, world_size
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
+    from keepsight.vlm.pruning import Pruning
 
-    metrics = wanted_metrics(METRICS if config.metrics == "all" else _listed(config.metrics))
+    metrics = wanted_metrics(_listed(config.metrics))
     nulls = wanted_nulls(() if config.nulls == "none" else _listed(config.nulls))
     device = device_named(config.device)
-    images = _images(config.images)
-    labels = read_labels(config.labels, images, config.masks) if config.labels else None
+    images = images_of(config.images)
+    labels = None
+    if config.labels:
+        labels = read_labels(config.labels, images, config.masks, config.mask_format, config.mask_suffix)
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
+    first = None
+    if config.initial:
+        first, _ = load_model(config.initial, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+        first.to(device)
     trained = training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).name
     result = diagnose(
@@ -116,6 +145,10 @@ def main(arguments: Sequence[str]) -> None:
         images,
         labels=labels,
         masks=config.masks,
+        mask_format=config.mask_format,
+        mask_suffix=config.mask_suffix,
+        classes=() if config.classes == "all" else _listed(config.classes),
+        limit=config.limit,
         layers=config.layers,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -123,9 +156,15 @@ def main(arguments: Sequence[str]) -> None:
         split_components=config.split_components,
         metrics=metrics,
         nulls=nulls,
+        initial=first,
+        prunings=[Pruning(config.prune_layer, keep, config.prune_by) for keep in config.prune_keep],
         pre_layer=trained.get("pre_layer"),
         label_run=label,
+        keep_features=config.keep_features,
+        several_processes=world_size() > 1,
     )
+    if rank():
+        return  # the first process has everything
     if trained.get("training_seed") is not None:
         result.info["training_seed"] = trained["training_seed"]
     run = result.save(config.out, overwrite=config.overwrite, config=config, report=True)
@@ -136,7 +175,9 @@ def main(arguments: Sequence[str]) -> None:
     console.print(f"report: {run.path / 'report.html'}", markup=False)
 
 
-def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str | None]]:
+def read_labels(
+    path: str, images: Any, masks: str | None, mask_format: str = "index", mask_suffix: str | None = None
+) -> dict[str, list[str | None]]:
     """Label sets from a JSON file, one label (or None) for each picture in its order.
 
     Raises:
@@ -156,7 +197,8 @@ def read_labels(path: str, images: Any, masks: str | None) -> dict[str, list[str
         raise ValueError(f"'{path}' is not valid JSON ({cause}).") from cause
     if not isinstance(sets, dict) or not sets or not all(isinstance(labels, dict) for labels in sets.values()):
         raise ValueError(f'\'{path}\' must hold {{"label set": {{"picture": "label", …}}, …}}.')
-    names = [item.name for item in find_pictures(images, masks=masks).items]
+    found = find_pictures(images, masks=masks, mask_format=mask_format, mask_suffix=mask_suffix)
+    names = [item.name for item in found.items]
     for target, labels in sets.items():
         if unknown := sorted(set(labels) - set(names)):
             raise ValueError(
@@ -171,7 +213,7 @@ def _listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _images(path: str) -> Any:
+def images_of(path: str) -> Any:
     """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
     folder = Path(path)
     splits = folder / "dataset_dict.json"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +23,17 @@ class EvaluateConfig:
     Attributes:
         model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
         tasks: files of questions, one JSON object a line with `question`, `answer` and, as needed, `image`, `choices`,
-            `type`, `id`, `picture`, `pair`, `score`.
+            `type`, `id`, `picture`, `pair`, `score`; or HuggingFace data sets on disk with these columns.
         out: the run's folder.
         image_folder: where the pictures' paths start; null = the folder of each file.
         label: the run's name in the report; null = the model's.
         limit: ask only so many questions of each file, the first ones.
         batch_size: questions at once.
         max_new_tokens: length limit of an answer.
+        prune_keep: keep this share of the visual tokens, and drop the others after layer prune_layer; null = all.
+        prune_layer: the layer after which they are dropped.
+        prune_by: which are kept: those with most "attention" of the prompt's last token in that layer (FastV), a
+            "random" draw, or "uniform"ly spaced ones.
         choices: multiple choice by "generation" (options listed with letters) or "likelihood" (of each option).
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
@@ -43,6 +49,9 @@ class EvaluateConfig:
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int = 32
+    prune_keep: float | None = None
+    prune_layer: int = 2
+    prune_by: Literal["attention", "random", "uniform"] = "attention"
     choices: Literal["generation", "likelihood"] = "generation"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -65,9 +74,18 @@ class EvaluateConfig:
         if len(set(stems)) < len(stems):
             raise ValueError(f"tasks holds two files of one name ({', '.join(stems)}); rename one.")
 
+    @property
+    def pruning(self) -> Any:
+        """What is pruned, or None."""
+        from keepsight.vlm.pruning import Pruning
+
+        return None if self.prune_keep is None else Pruning(self.prune_layer, self.prune_keep, self.prune_by)
+
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
     """The command's settings."""
+    from keepsight.commands.console import listed
+
     parser = ArgumentParser(
         prog="keepsight evaluate",
         usage="keepsight evaluate MODEL --tasks FILE [FILE …] --out DIR [options]",
@@ -78,98 +96,90 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
     given = list(arguments) or ["--help"]
     if not given[0].startswith("-"):
         given.insert(0, "--model")
-    return build(EvaluateConfig, parser.parse_args(normalise(_listed(given), EvaluateConfig)))
+    return build(EvaluateConfig, parser.parse_args(normalise(listed(given, "--tasks"), EvaluateConfig)))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate, write the run's folder, print the accuracies."""
     config = parse(arguments)
+    from keepsight.commands.diagnose import images_of
     from keepsight.evaluation import load_questions
     from keepsight.processes import barrier, rank
-    from keepsight.results import RunDirectory, fingerprint
 
-    tasks = {Path(file).stem: load_questions(file, config.image_folder)[: config.limit] for file in config.tasks}
+    pruning = config.pruning
+    tasks = {
+        Path(task).stem: load_questions(images_of(task), config.image_folder)[: config.limit] for task in config.tasks
+    }
     main_process = rank() == 0
     run = _open(config) if main_process else None
     barrier()
-    from keepsight.commands.console import console, device_named, quiet, training_run
+    from keepsight.commands.console import device_named, quiet
 
     quiet()
     from keepsight.evaluation.run import evaluate
-    from keepsight.report import table
-    from keepsight.results import merged
-    from keepsight.vlm.load import load_model, model_folder
+    from keepsight.results import fingerprint
+    from keepsight.vlm.load import load_model
 
     device = device_named(config.device)
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
-    found: dict[str, Any] = {}
-    for name, questions in tasks.items():
-        found[name] = evaluate(
+    found = {
+        name: evaluate(
             model,
             processor,
             questions,
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             choices=config.choices,
+            pruning=pruning,
             journal=Path(config.out) / "answers" / name,
             progress=main_process,
         )
-    if run is None:
-        return
-    prefixed = len(found) > 1
+        for name, questions in tasks.items()
+    }
+    if run is not None:
+        _finish(run, config, found, fingerprint(model))
+        _tell(run, found)
+
+
+def _finish(run: Any, config: EvaluateConfig, found: Mapping[str, Any], weights: str) -> None:
+    """Rows, what each picture adds, and counts; with several tasks, a row's target begins with the task."""
+    from keepsight.commands.console import training_run
+    from keepsight.results import merged
+    from keepsight.vlm.load import model_folder
+
+    def target(task: str, kind: str) -> str:
+        return kind if len(found) == 1 else f"{task}, {kind}" if kind else task
+
+    counts: Counter[str] = Counter()
+    rows, parts = [], []
+    for name, evaluation in found.items():
+        counts.update(evaluation.counts)
+        rows += [replace(row, target=target(name, row.target)) for row in evaluation.rows]
+        parts.append(evaluation.per_image.renamed(partial(target, name)))
     trained = training_run(Path(model_folder(config.model)))
-    rows = [
-        replace(row, target=_target(name, row.target) if prefixed else row.target)
-        for name, evaluation in found.items()
-        for row in evaluation.rows
-    ]
-    parts = [
-        evaluation.per_image.renamed(lambda target, name=name: _target(name, target) if prefixed else target)
-        for name, evaluation in found.items()
-    ]
-    counts: dict[str, int] = {}
-    for evaluation in found.values():
-        for key, count in evaluation.counts.items():
-            counts[key] = counts.get(key, 0) + count
-    label = config.label or trained.get("label") or Path(config.model).name
+    seed = {} if trained.get("training_seed") is None else {"training_seed": trained["training_seed"]}
     run.write_rows(rows)
     run.write_per_image(merged(parts))
     run.update(
-        label=label,
-        model={"name": config.model, "fingerprint": fingerprint(model)},
-        counts=counts,
+        label=config.label or trained.get("label") or Path(config.model).name,
+        model={"name": config.model, "fingerprint": weights},
+        counts=dict(counts),
         finished=True,
-        **({"training_seed": trained["training_seed"]} if trained.get("training_seed") is not None else {}),
+        **seed,
     )
-    console.print(table([RunDirectory.open(run.path)]))
-    for name, count in counts.items():
+
+
+def _tell(run: Any, found: Mapping[str, Any]) -> None:
+    from keepsight.commands.console import console
+    from keepsight.report import table
+
+    console.print(table([run]))
+    for name, count in run.info["counts"].items():
         console.print(f"{name}: {count}", markup=False)
     for name, evaluation in found.items():
         for position, reason in list(evaluation.left_out.items())[:20]:
             console.print(f"left out of {name}: question {position + 1}: {reason}", style="yellow", markup=False)
-
-
-def _target(task: str, kind: str) -> str:
-    return f"{task}, {kind}" if kind else task
-
-
-def _listed(given: Sequence[str]) -> list[str]:
-    """`--tasks a b` → `--tasks ["a","b"]`, which the parser knows."""
-    import json
-
-    result: list[str] = []
-    position = 0
-    while position < len(given):
-        result.append(given[position])
-        position += 1
-        if result[-1] == "--tasks":
-            files = []
-            while position < len(given) and not given[position].startswith("--"):
-                files.append(given[position])
-                position += 1
-            result += [json.dumps(files)] if files and not files[0].startswith("[") else files
-    return result
 
 
 def _open(config: EvaluateConfig) -> Any:

@@ -2,7 +2,6 @@
 
 from keepsight.diagnosis.batches import DEFAULT_PROMPT
 from keepsight.diagnosis.result import Diagnosis
-from keepsight.diagnosis.rows import METRICS
 from keepsight.diagnosis.run import diagnose
 
-__all__ = ["DEFAULT_PROMPT", "METRICS", "Diagnosis", "diagnose"]
+__all__ = ["DEFAULT_PROMPT", "Diagnosis", "diagnose"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keepsight.diagnosis.bleeding import bleeding
 from keepsight.diagnosis.calibrate import LayerCalibration
+from keepsight.diagnosis.record import Record
 from keepsight.diagnosis.spectrum import CovarianceSums
 from keepsight.diagnosis.store import LayerStore
 from keepsight.diagnosis.structure import Groups, Structure, structure
@@ -29,6 +30,8 @@ VALUES = (
     "bleeding/raw",
     "bleeding/centred",
 )
+OBJECT_SCOPES = SCOPES[:2]
+OBJECT_VALUES = ("cohesion/raw", "coupling/raw", "cohesion/centred", "coupling/centred")
 COLUMNS = (*(f"{scope}|{value}" for scope in SCOPES for value in VALUES), "sink_tokens")
 
 
@@ -38,7 +41,8 @@ class Batch:
 
     image: [T]; thumbnail: bool [T]; objects: bool [K, T]; owner: [K], image of each object;
     sample: [t] token indices of the seeded sample; group: [B], each image's jackknife group; place: [T], a number for
-    each tile, row and column, the same in every image; counted: bool [B], the images whose neighbours are counted.
+    each tile, row and column, the same in every image; counted: bool [B], the images whose neighbours are counted;
+    classes: [K], of each object, "" where it is not known.
     """
 
     image: Tensor
@@ -50,6 +54,7 @@ class Batch:
     group: Tensor
     place: Tensor
     counted: Tensor
+    classes: list[str] = field(default_factory=list)
     scopes: dict[str, Groups] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +71,7 @@ class Batch:
         image, thumbnail, objects = self.image.to(device), self.thumbnail.to(device), self.objects.to(device)
         owner, sample, group = self.owner.to(device), self.sample.to(device), self.group.to(device)
         place, counted = self.place.to(device), self.counted.to(device)
-        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, place, counted)
+        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, place, counted, self.classes)
 
 
 class Accumulator:
@@ -77,10 +82,12 @@ class Accumulator:
         folder: where the rows go.
         exact: whether the sample holds every token; only said in the rows.
         bleeding: whether to count neighbours as well.
+        by_object: whether to keep the values of each object.
 
     Attributes:
         encoder, encoder_pooled: the vision encoder's output at the sampled tokens, and its mean over each image; None
             until it is given, with `no_encoder` the reason if it cannot be had.
+        object_values: the values of each object at each layer; object_classes: their classes.
     """
 
     def __init__(
@@ -91,28 +98,39 @@ class Accumulator:
         folder: Path,
         exact: bool = False,
         bleeding: bool = True,
+        by_object: bool = False,
     ) -> None:
         self.layers = list(layers)
         self.width = width
         self.calibration = calibration
         self.exact = exact
         self.bleeding = bleeding
+        self.by_object = by_object
         self.pooled = LayerStore(folder / "pooled", len(layers), width)
         self.values = LayerStore(folder / "values", len(layers), len(COLUMNS))
         self.sampled = LayerStore(folder / "sampled", len(layers), width)
+        self.object_values = LayerStore(folder / "objects", len(layers), len(OBJECT_SCOPES) * len(OBJECT_VALUES))
+        self.object_classes: list[str] = []
         self.encoder: LayerStore | None = None
         self.encoder_pooled: LayerStore | None = None
         self.no_encoder = "fidelity was not asked for"
         self.objects = self.skipped_objects = self.images_with_objects = 0
-        self._folder = folder
+        self.folder = folder
         self._sample: list[np.ndarray] = []
+        self._objects: list[np.ndarray] = []
         self._batch: Batch | None = None
         self._taken: dict[str, list[Tensor]] = {}
+        self._counts = (0, 0, 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens come from."""
+        return next(iter(self.calibration.values())).mean.device
 
     def begin(self, batch: Batch) -> None:
         """The batch whose forward is about to run."""
         self._batch = batch
-        self._taken = {"pooled": [], "values": [], "sampled": []}
+        self._taken = {"pooled": [], "values": [], "sampled": [], "object_values": []}
 
     def sink(self, layer: int, tokens: Tensor) -> None:
         """One layer's tokens [T, d] of the present batch."""
@@ -138,52 +156,89 @@ class Accumulator:
         count = x.new_zeros(batch.n_images, 1)
         if any_sinks:
             count[:, 0] = everything.weights[everything.image_row] @ sinks.float()
-        self._taken["values"].append(torch.cat([*(blocks.get(s, absent) for s in SCOPES), count], dim=1))
+        rows = [blocks[s][0] if s in blocks else absent for s in SCOPES]
+        self._taken["values"].append(torch.cat([*rows, count], dim=1))
+        if self.by_object:
+            self._taken["object_values"].append(torch.cat([blocks[s][1] for s in OBJECT_SCOPES], dim=1))
 
         if layer == self.layers[0]:
             self._count_objects(raw)
         self._taken["sampled"].append(x[batch.sample])
 
-    def _block(self, x: Tensor, groups: Groups, raw: Structure, mean: Tensor, channels: Tensor | None = None) -> Tensor:
-        """[B, len(VALUES)], one row an image."""
+    def _block(
+        self, x: Tensor, groups: Groups, raw: Structure, mean: Tensor, channels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, len(VALUES)], one row an image, and [K, len(OBJECT_VALUES)], one an object."""
         centred = structure(x, groups, centre=mean, channels=channels)
-        objects = [raw.cohesion, raw.coupling, centred.cohesion, centred.coupling]
+        objects = torch.stack([raw.cohesion, raw.coupling, centred.cohesion, centred.coupling], dim=1)
         images = torch.stack([groups.token_mean(raw.norms), raw.homogeneity, centred.homogeneity], dim=1)
-        means = groups.image_mean(torch.stack(objects, dim=1))
+        means = groups.image_mean(objects)
         spilt = x.new_full((groups.n_images, 2), float("nan"))
         if self.bleeding:
             both = [bleeding(x, groups.near, centre, channels) for centre in (None, mean)]
             spilt = groups.counted_mean(torch.stack(both, dim=1))
-        return torch.cat([images, means, spilt], dim=1)
+        return torch.cat([images, means, spilt], dim=1), objects
 
     def _count_objects(self, raw: Structure) -> None:
         assert self._batch is not None
         defined = ~raw.cohesion.isnan()
-        self.objects += int(defined.sum())
-        self.skipped_objects += int((~defined).sum())
-        self.images_with_objects += int(self._batch.owner[defined].unique().numel())
+        owners = self._batch.owner[defined]
+        self._counts = (len(owners), int((~defined).sum()), int(owners.unique().numel()))
 
     def take_encoder(self, features: Tensor) -> None:
         """The vision encoder's output [T, d_v] on the tokens of the present batch."""
         assert self._batch is not None
         x = features.float()
-        if self.encoder is None or self.encoder_pooled is None:
-            self.encoder = LayerStore(self._folder / "encoder", 1, x.shape[1])
-            self.encoder_pooled = LayerStore(self._folder / "encoder-pooled", 1, x.shape[1])
-        self.encoder.append(x[self._batch.sample][None])
-        self.encoder_pooled.append(self._batch.scopes["all"].token_mean(x)[None])
+        self._taken["encoder"] = [x[self._batch.sample]]
+        self._taken["encoder_pooled"] = [self._batch.scopes["all"].token_mean(x)]
 
-    def end(self) -> None:
-        """The forward of the present batch is over: write its rows."""
+    def end(self, indices: Sequence[int]) -> Record:
+        """The forward of the present batch is over: what it left behind, for `append`. `indices`: its pictures."""
         batch = self._batch
         assert batch is not None
         image = batch.image[batch.sample]
-        meta = torch.stack([image + self.pooled.rows, batch.group[image], batch.place[batch.sample]])
-        self._sample.append(meta.cpu().numpy().astype(np.int32))
-        self.pooled.append(torch.stack(self._taken["pooled"]))
-        self.values.append(torch.stack(self._taken["values"]))
-        self.sampled.append(torch.stack(self._taken["sampled"]))
+        tensors = {name: torch.stack(parts).cpu() for name, parts in self._taken.items() if parts}
+        tensors["sample"] = torch.stack([image, batch.group[image], batch.place[batch.sample]]).int().cpu()
+        tensors["object_owner"] = batch.owner.int().cpu()
+        tensors["object_patches"] = batch.objects.sum(dim=1).int().cpu()
         self._batch, self._taken = None, {}
+        return Record(list(indices), tensors, list(batch.classes), self._counts, self.no_encoder)
+
+    def append(self, record: Record) -> None:
+        """Take in the rows of one batch, of this process or another.
+
+        Raises:
+            ValueError: it lacks the encoder's output that others have.
+        """
+        if not record.indices:
+            return
+        tensors, rows = record.tensors, self.pooled.rows
+        if "encoder" in tensors:
+            if self.encoder is None or self.encoder_pooled is None:
+                self.encoder = LayerStore(self.folder / "encoder", 1, tensors["encoder"].shape[2])
+                self.encoder_pooled = LayerStore(self.folder / "encoder-pooled", 1, tensors["encoder"].shape[2])
+            self.encoder.append(tensors["encoder"])
+            self.encoder_pooled.append(tensors["encoder_pooled"])
+        elif self.encoder is not None:
+            raise ValueError(record.no_encoder)
+        self.no_encoder = record.no_encoder
+        self._sample.append(tensors["sample"].numpy() + np.array([[rows], [0], [0]], np.int32))
+        self.pooled.append(tensors["pooled"])
+        self.values.append(tensors["values"])
+        self.sampled.append(tensors["sampled"])
+        if self.by_object:
+            self.object_values.append(tensors["object_values"])
+            self.object_classes += record.classes
+            owner = tensors["object_owner"].numpy() + rows
+            self._objects.append(np.stack([owner, tensors["object_patches"].numpy()]))
+        self.objects += record.counts[0]
+        self.skipped_objects += record.counts[1]
+        self.images_with_objects += record.counts[2]
+
+    @property
+    def object_table(self) -> np.ndarray:
+        """[2, K]: image and number of patches of each object in `object_values`."""
+        return np.concatenate(self._objects, axis=1) if self._objects else np.zeros((2, 0), np.int32)
 
     @property
     def sample(self) -> np.ndarray:
@@ -192,9 +247,8 @@ class Accumulator:
 
     def blocks(self, position: int) -> Iterator[tuple[slice, Tensor]]:
         """The sampled tokens of the layer in this position, a bounded number at a time: (which rows, [rows, d])."""
-        device = self.calibration[self.layers[position]].mean.device
         for start in range(0, self.sampled.rows, BLOCK):
-            x = torch.from_numpy(self.sampled.read(position, start, start + BLOCK)).to(device)
+            x = torch.from_numpy(self.sampled.read(position, start, start + BLOCK)).to(self.device)
             yield slice(start, start + len(x)), x
 
     def covariance(self, position: int) -> tuple[CovarianceSums, CovarianceSums | None]:

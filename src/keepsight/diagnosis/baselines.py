@@ -81,4 +81,4 @@ def place_score(read: Callable[[np.ndarray], Tensor], part: np.ndarray, place: n
         chosen = rows[part[rows] == TEST]
         truth, at = scale(read(chosen)).cpu(), torch.from_numpy(place[chosen])
         table += per_image(guess(at, best), truth, image[chosen], images)
-    return score_of(best, table[:, np.unique(image[part == TEST])], scale.constant)
+    return score_of(best, table, np.unique(image[part == TEST]), scale.constant)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Batch
 from keepsight.diagnosis.data import Picture
+from keepsight.diagnosis.record import Seen
 from keepsight.diagnosis.spectrum import GROUPS
 from keepsight.diagnosis.structure import membership
-from keepsight.images import ImageError
+from keepsight.images import SKIP, ImageError, is_animated
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.geometry import patch_coverage
@@ -50,8 +51,8 @@ class Loader:
     """Decodes pictures in order, `batch_size` at a time.
 
     rate: share of each image's tokens that the sample takes; counted: share of the images whose patches' neighbours are
-    counted; broken: names of the pictures left out so far;
-    mask_values: the values seen in masks so far.
+    counted; whole: keep the prompt after the picture, and pad on the left; broken: names of the pictures left out so
+    far; mask_values: the values seen in masks so far.
     """
 
     vlm: Vlm
@@ -64,10 +65,10 @@ class Loader:
     skip_broken: bool = False
     rate: float = 0.0
     counted: float = 1.0
+    whole: bool = False
 
     def __post_init__(self) -> None:
-        self.broken: dict[int, str] = {}
-        self.mask_values: set[int] = set()
+        self.seen = Seen()
         order = np.random.default_rng([self.seed, 4]).permutation(len(self.pictures))
         self._group = torch.from_numpy(order % GROUPS)
 
@@ -82,46 +83,90 @@ class Loader:
             ImageError: a picture cannot be read and `skip_broken` is off.
         """
         for start in range(0, len(indices), self.batch_size):
-            kept, images, arrays = [], [], []
-            for index in indices[start : start + self.batch_size]:
-                try:
-                    image, mask = self.pictures[index].open(self.split_components)
-                except ImageError:
-                    if not self.skip_broken:
-                        raise
-                    self.broken[index] = self.pictures[index].name
-                    continue
-                kept.append(index)
-                images.append(image)
-                arrays.append(mask if masks else None)
-                if masks and mask is not None:
-                    self.mask_values.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
-            if kept:
-                yield self._decode(kept, images, arrays)
+            decoded, seen = self.load(indices[start : start + self.batch_size], masks)
+            self.seen.update(seen)
+            if decoded is not None:
+                yield decoded
 
-    def _decode(self, indices: list[int], images: list[Any], masks: list[np.ndarray | None]) -> Decoded:
-        inputs = dict(
+    def load(self, indices: Sequence[int], masks: bool) -> tuple[Decoded | None, Seen]:
+        """One batch, None where all its pictures are broken, and what was met in it.
+
+        Raises:
+            ImageError: a picture cannot be read, or not be taken by the processor, and `skip_broken` is off.
+        """
+        seen, kept, images, arrays, classes = Seen(), [], [], [], []
+        for index in indices:
+            try:
+                image, mask, known = self.pictures[index].read(self.split_components)
+            except ImageError:
+                if not self.skip_broken:
+                    raise
+                seen.broken[index] = self.pictures[index].name
+                continue
+            kept.append(index)
+            images.append(image)
+            arrays.append(mask if masks else None)
+            classes.append(known)
+            if is_animated(image):
+                seen.animated.add(index)
+            if masks and mask is not None:
+                seen.mask_values.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
+        try:
+            inputs = self._process(images) if kept else {}
+        except Exception:  # which kind, depends on the processor
+            refused = [i for i, image in zip(kept, images, strict=True) if not self._takes(image, i)]
+            if not refused:
+                raise
+            again, others = self.load([index for index in kept if index not in refused], masks)
+            others.broken |= seen.broken | {index: self.pictures[index].name for index in refused}
+            return again, others
+        return (self._decode(inputs, kept, arrays, classes) if kept else None), seen
+
+    def _takes(self, image: Any, index: int) -> bool:
+        """Whether the processor takes this picture alone; if not and `skip_broken` is off, an ImageError."""
+        try:
+            self._process([image])
+        except Exception as cause:
+            if self.skip_broken:
+                return False
+            raise ImageError(
+                f"image '{self.pictures[index].name}' of {image.width} × {image.height} pixels is refused by the "
+                f"model's processor ({type(cause).__name__}: {cause}). {SKIP}"
+            ) from cause
+        return True
+
+    def _process(self, images: list[Any]) -> dict[str, Any]:
+        return dict(
             self.processor(
                 images=[[image] for image in images],
                 text=[self.prompt] * len(images),
                 return_tensors="pt",
                 padding=True,
+                **({"padding_side": "left"} if self.whole else {}),
                 **special_tokens(self.processor, self.prompt),
             )
         )
+
+    def _decode(
+        self,
+        inputs: dict[str, Any],
+        indices: list[int],
+        masks: list[np.ndarray | None],
+        classes: list[dict[int, str]],
+    ) -> Decoded:
         tokens = self.vlm.image_tokens(inputs)
-        if tokens.n_images != len(images):
+        if tokens.n_images != len(indices):
             raise ValueError(
-                f"the processor made {tokens.n_images} pictures of {len(images)}; the prompt {self.prompt[:60]!r} must "
-                "hold one image placeholder, and pictures must not be cut into crops that count as pictures of their "
-                "own: set do_pan_and_scan=False (Gemma 3) or do_image_splitting=False (Idefics2)"
+                f"the processor made {tokens.n_images} pictures of {len(indices)}; the prompt {self.prompt[:60]!r} "
+                "must hold one image placeholder, and pictures must not be cut into crops that count as pictures of "
+                "their own: set do_pan_and_scan=False (Gemma 3) or do_image_splitting=False (Idefics2)"
             )
         counts = tokens.counts().tolist()
-        objects, owner, offset = [], [], 0
+        objects, owner, kinds, offset = [], [], [], 0
         total = len(tokens.image)
         for number, (mask, count) in enumerate(zip(masks, counts, strict=True)):
             if mask is not None:
-                _, coverage = patch_coverage(self.processor, self.vlm, mask, self.prompt)
+                ids, coverage = patch_coverage(self.processor, self.vlm, mask, self.prompt)
                 if coverage.shape[1] != count:
                     raise ValueError(
                         f"the mask of '{self.pictures[indices[number]].name}' maps to {coverage.shape[1]} patches, but "
@@ -131,18 +176,20 @@ class Loader:
                 part[:, offset : offset + count] = membership(coverage)
                 objects.append(part)
                 owner += [number] * len(coverage)
+                kinds += [classes[number].get(value, "") for value in ids]
             offset += count
-        if not self.vlm.bidirectional_images:
+        if not self.vlm.bidirectional_images and not self.whole:
             inputs = truncate(inputs, self.vlm.visual_mask(inputs["input_ids"]))
         batch = Batch(
             image=tokens.image,
-            n_images=len(images),
+            n_images=len(indices),
             thumbnail=tokens.thumbnail,
             objects=torch.cat(objects) if objects else torch.zeros(0, total, dtype=torch.bool),
             owner=torch.tensor(owner, dtype=torch.long),
             sample=self._sample(indices, counts),
             group=self._group[indices],
             counted=torch.tensor([np.random.default_rng([self.seed, 10, i]).random() < self.counted for i in indices]),
+            classes=kinds,
             place=(tokens.tile * SIDE + tokens.row) * SIDE + tokens.column,
         )
         return Decoded(inputs, batch, indices, tokens)

@@ -5,7 +5,7 @@ Per layer: the mean token (for centring), the norm above which a token is a sink
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class LayerCalibration:
     threshold: float
     channels: Tensor
     has_sinks: bool
+
+    def to(self, device: torch.device) -> LayerCalibration:
+        """The same with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("mean", "mean_without_sinks", "channels")}
+        return replace(self, **moved)
 
     @property
     def sink_channels(self) -> int:

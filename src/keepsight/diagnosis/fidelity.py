@@ -18,13 +18,14 @@ from torch import Tensor
 
 from keepsight.diagnosis.accumulate import BLOCK, Accumulator
 from keepsight.diagnosis.baselines import partners, place_score, split_images
-from keepsight.diagnosis.ridge import TEST, TRAIN, UNUSED, VALIDATION, Fit, Score, fit_ridge
+from keepsight.diagnosis.ridge import TEST, TRAIN, UNUSED, VALIDATION, Fit, Score, Sums, directions, fit_ridge
 from keepsight.diagnosis.spectrum import CovarianceSums, spectrum
 from keepsight.diagnosis.store import LayerStore
-from keepsight.results import Measurement
-from keepsight.results.intervals import mean_interval, ratio_interval
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.results.intervals import mean_interval, ratio_interval, ratio_shares
 
 OTHER, PLACE = "another image, same place", "position only"
+DIRECTIONS = 128  # of a wider h[0], which would cost more than everything else
 FEWEST = 5  # images that a split needs
 TARGETS = {"fidelity": "the vision encoder's output", "fidelity_input": "h[0]"}
 
@@ -34,10 +35,12 @@ class Fidelity:
 
     Args:
         accumulator: after the main pass.
+        per_image: takes what each test image adds to each number.
         seed: of the split of the images.
     """
 
-    def __init__(self, accumulator: Accumulator, seed: int) -> None:
+    def __init__(self, accumulator: Accumulator, per_image: PerImageBuilder, seed: int) -> None:
+        self.per_image = per_image
         self.accumulator = accumulator
         self.seed = seed
         self.image, _, self.place = accumulator.sample
@@ -50,7 +53,7 @@ class Fidelity:
         else:
             self.stores["fidelity"] = (accumulator.encoder, 0)
         if 0 in accumulator.layers:
-            self.stores["fidelity_input"] = (accumulator.sampled, accumulator.layers.index(0))
+            self.stores["fidelity_input"] = self._input_store()
         else:
             self.missing["fidelity_input"] = "layer 0 was not captured"
         if {TRAIN, VALIDATION, TEST} - set(self.part):
@@ -58,7 +61,30 @@ class Fidelity:
             self.missing, self.stores = dict.fromkeys(TARGETS, why), {}
         self.partner = partners(self.part, self.place, self.image, seed)
         self.by_place = {name: self._by_place(name, self.part) for name in self.stores}
-        self.ranks = {name: self._rank(name) for name in self.stores}
+        whole = {**self.stores, **({"fidelity_input": self._input()} if "fidelity_input" in self.stores else {})}
+        self.ranks = {name: self._rank(*where) for name, where in whole.items()}
+
+    def _input(self) -> tuple[LayerStore, int]:
+        return self.accumulator.sampled, self.accumulator.layers.index(0)
+
+    def _input_store(self) -> tuple[LayerStore, int]:
+        """h[0] at the sampled tokens; of a wide one, seeded directions of its standardised channels."""
+        store, position = self._input()
+        if store.width <= DIRECTIONS:
+            return store, position
+        sums = Sums()
+        for rows, x in self.accumulator.blocks(position):
+            chosen = x[torch.from_numpy(self.part[rows] == TRAIN).to(x.device)]
+            if len(chosen):
+                sums.add(chosen[:, :1], {"h[0]": chosen})
+        if not sums.count:
+            return store, position
+        scale = sums.scales()[1]["h[0]"]
+        turned = directions(store.width, DIRECTIONS, self.seed).to(self.accumulator.device)
+        found = LayerStore(self.accumulator.folder / "input", 1, DIRECTIONS)
+        for _, x in self.accumulator.blocks(position):
+            found.append((scale(x) @ turned)[None])
+        return found, 0
 
     def general_rows(self) -> list[Measurement]:
         """What is not of one layer: why a target is missing, and each target's effective rank."""
@@ -73,7 +99,6 @@ class Fidelity:
         """Fidelity of the layer in this position, with and without its sinks."""
         if not self.stores:
             return []
-        found = self._measure(position, self.part, "all", self.by_place)
         known = self.accumulator.calibration[self.accumulator.layers[position]]
         heavy = np.concatenate(
             [
@@ -81,8 +106,10 @@ class Fidelity:
                 for _, x in self.accumulator.blocks(position)
             ]
         )
-        if not heavy.any() and not known.sink_channels:
-            return found + [_renamed(row) for row in found]
+        self._no_sinks = not heavy.any() and not known.sink_channels
+        found = self._measure(position, self.part, "all", self.by_place)
+        if self._no_sinks:
+            return found + [replace(row, tokens="without sinks") for row in found]
         part = np.where(heavy, UNUSED, self.part)
         if {TRAIN, VALIDATION, TEST} - set(part):
             why = "too few tokens are no sinks"
@@ -110,6 +137,8 @@ class Fidelity:
             note = _note(fit, fit.scores[f"{name}|{variant}"])
             if name == "fidelity_input" and self.ranks[name].value is not None:
                 note += f"; effective rank of h[0] {self.ranks[name].value:.1f}"
+            if name == "fidelity_input" and self.accumulator.width > DIRECTIONS:
+                note += f"; on {DIRECTIONS} seeded directions of it"
             rows += self._score_rows(name, fit.scores[f"{name}|{variant}"], variant, layer, tokens, note)
         for name, score in by_place.items():
             note = f"mean of the training tokens at the same place, shrunk by {score.strength:g} tokens"
@@ -130,11 +159,20 @@ class Fidelity:
             said = "; ".join(filter(None, [lost.note, note]))
             first = Measurement(name, 1 - lost.value, low=low, high=high, n=n, note=said, **common)
         said = "; ".join(filter(None, [cosine.note, note]))
-        return [first, Measurement(f"{name}_cosine", **cosine.fields, n=defined, note=said, **common)]
+        second = Measurement(f"{name}_cosine", **cosine.fields, n=defined, note=said, **common)
+        if first.value is not None:
+            self._keep(first, 1 - ratio_shares(score.error, score.spread), score.images)
+        self._keep(second, score.cosine, score.images)
+        return [first, second]
+
+    def _keep(self, row: Measurement, values: np.ndarray, images: np.ndarray) -> None:
+        self.per_image.add(row.key, values, images)
+        if row.tokens == "all" and self._no_sinks:
+            self.per_image.add(replace(row, tokens="without sinks").key, values, images)
 
     def _read(self, name: str, rows: np.ndarray) -> Tensor:
         store, position = self.stores[name]
-        device = next(iter(self.accumulator.calibration.values())).mean.device
+        device = self.accumulator.device
         if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
             return torch.from_numpy(store.read(position, int(rows[0]), int(rows[-1]) + 1)).to(device)
         return torch.from_numpy(store.gather(position, rows)).to(device)
@@ -145,8 +183,7 @@ class Fidelity:
     def _by_place(self, name: str, part: np.ndarray) -> Score:
         return place_score(lambda rows: self._read(name, rows), part, self.place, self.image)
 
-    def _rank(self, name: str) -> Any:
-        store, position = self.stores[name]
+    def _rank(self, store: LayerStore, position: int) -> Any:
         group = torch.from_numpy(self.accumulator.sample[1])
         shift = torch.from_numpy(store.read(position, 0, BLOCK)).mean(dim=0)
         sums = CovarianceSums(store.width, shift=shift)
@@ -162,7 +199,3 @@ def _note(fit: Fit, score: Score) -> str:
     if fit.constant or score.constant:
         parts.append(f"constant channels left out: {fit.constant} of the layer, {score.constant} of the target")
     return "; ".join(parts)
-
-
-def _renamed(row: Measurement) -> Measurement:
-    return replace(row, tokens="without sinks")

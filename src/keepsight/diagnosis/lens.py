@@ -20,6 +20,7 @@ from keepsight.results import Measurement
 from keepsight.results.intervals import Estimate, mean_interval, ratio_interval
 from keepsight.vlm import Vlm
 
+LAYERS = 11  # that the lens looks at, of more evenly spread ones
 TOKENS = 256  # of the sample that the lens takes: a large vocabulary costs as much as several layers
 LISTED = 1600  # one token in so many of the vocabulary may be listed as frequent
 SHOWN = 10  # listed tokens that a row names
@@ -123,9 +124,12 @@ class Lens:
     Args:
         read: from `readout`, or the reason why there is none.
         decode: from a token's id to its text.
+        middle_layer: a layer that is never left out.
     """
 
-    def __init__(self, accumulator: Accumulator, read: Readout | str, decode: Callable[[int], str], seed: int) -> None:
+    def __init__(
+        self, accumulator: Accumulator, read: Readout | str, decode: Callable[[int], str], seed: int, middle_layer: int
+    ) -> None:
         self.accumulator = accumulator
         self.read = read
         self.decode = decode
@@ -133,10 +137,15 @@ class Lens:
         generator = np.random.default_rng([seed, 9])
         self.chosen = np.sort(generator.permutation(accumulator.sampled.rows)[:TOKENS])
         self.image = accumulator.sample[0][self.chosen]
+        last = len(accumulator.layers) - 1
+        middle = [position for position, layer in enumerate(accumulator.layers) if layer == middle_layer]
+        self.positions = {*middle, *(round(at) for at in np.linspace(0, last, min(LAYERS, last + 1)))}
         self.listing = generator.permutation(accumulator.pooled.rows) % 2 == 0
 
     def rows(self, position: int) -> list[Measurement]:
-        """Silencing and entropy of the layer in this position, with and without its sinks."""
+        """Silencing and entropy of the layer in this position, with and without its sinks; [] where it is left out."""
+        if position not in self.positions:
+            return []
         layer = self.accumulator.layers[position]
         if isinstance(self.read, str):
             base: dict[str, Any] = {"layer": layer, "seed": self.seed, "note": self.read}

@@ -50,13 +50,25 @@ def components(mask: np.ndarray) -> np.ndarray:
     """
     from scipy import ndimage
 
-    parts: list[np.ndarray] = []
+    codes = np.zeros(mask.shape, np.int64)
     for value in np.unique(mask):
         if value not in (0, IGNORE):
-            labelled, count = ndimage.label(mask == value, structure=np.ones((3, 3)))
-            parts.extend(labelled == i for i in range(1, count + 1))
-    parts.sort(key=lambda part: -int(part.sum()))
-    result = np.where(mask == IGNORE, IGNORE, 0).astype(np.uint8)
-    for number, part in enumerate(parts, start=1):
-        result[part] = number if number <= MAX_OBJECTS else IGNORE
+            labelled, _ = ndimage.label(mask == value, structure=np.ones((3, 3)))
+            codes = np.where(labelled > 0, codes.max() + labelled, codes)
+    result, _ = number_objects(codes)
+    result[mask == IGNORE] = IGNORE
     return result
+
+
+def number_objects(codes: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
+    """Objects of any codes (0: none) → [H, W] uint8 with 1 for the largest, and {number: code}.
+
+    At most 254 fit; smaller ones beyond them become 255, ignored.
+    """
+    found, place, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    order = np.lexsort((found, -counts))
+    order = order[found[order] != 0]
+    numbers = np.zeros(len(found), np.uint8)
+    numbers[order] = np.minimum(np.arange(1, len(order) + 1), IGNORE)
+    kept = found[order[:MAX_OBJECTS]].tolist()
+    return numbers[place.reshape(codes.shape)], dict(enumerate(kept, start=1))

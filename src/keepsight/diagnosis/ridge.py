@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRENGTHS = tuple(10.0**k for k in range(-7, 3))  # α; λ = α · tr(XᵀX)/d
+STRENGTHS = tuple(10.0**k for k in range(-6, 2))  # α; λ = α · tr(XᵀX)/d
 CHOOSING = 64  # directions of a target that α is chosen on
 TRAIN, VALIDATION, TEST, UNUSED = range(4)
 
@@ -49,12 +49,13 @@ class Scale:
 class Score:
     """How one target was predicted on the test tokens.
 
-    strength: α; error, spread: [n_images] sums of squared errors and of squared deviations from the training mean, over
-    each image's test tokens; cosine: [n_images] mean cosine of prediction and target; zero tokens give NaN;
-    constant: the target's channels left out.
+    strength: α; images: [n_images], those with test tokens; error, spread: [n_images] sums of squared errors and of
+    squared deviations from the training mean, over each image's test tokens; cosine: [n_images] mean cosine of
+    prediction and target, NaN where all are zero; constant: the target's channels left out.
     """
 
     strength: float
+    images: np.ndarray
     error: np.ndarray
     spread: np.ndarray
     cosine: np.ndarray
@@ -103,12 +104,12 @@ def fit_ridge(
     alphas = torch.tensor(list(strengths), dtype=torch.float64, device=values.device)
     shrink = 1 / (values.clamp(min=0) + alphas[:, None])  # [A, d]
 
-    directions = {name: _directions(weights, seed) for name, weights in projected.items()}
+    some = {name: directions(weights.shape[1], CHOOSING, seed).to(weights) for name, weights in projected.items()}
     errors = {name: torch.zeros(len(alphas), dtype=torch.float64) for name in targets}
     for rows, x in _only(blocks, part, VALIDATION):
         z = scale(x) @ vectors
         for name, read in targets.items():
-            y, weights = scales[name](read(rows)) @ directions[name], projected[name] @ directions[name]
+            y, weights = scales[name](read(rows)) @ some[name], projected[name] @ some[name]
             for a in range(len(alphas)):
                 errors[name][a] += float((y - (z * shrink[a]) @ weights).square().sum())
     # Of equally good strengths, the strongest: the simpler map.
@@ -123,7 +124,7 @@ def fit_ridge(
             tables[name] += per_image(z @ maps[name], scales[name](read(rows)), owner, images)
     tested = np.unique(image[part == TEST])
     scores = {
-        name: score_of(float(alphas[chosen[name]]), table[:, tested], scales[name].constant)
+        name: score_of(float(alphas[chosen[name]]), table, tested, scales[name].constant)
         for name, table in tables.items()
     }
     return Fit(scores, int(sums.count), int((part == TEST).sum()), scale.constant)
@@ -143,10 +144,11 @@ def per_image(prediction: Tensor, truth: Tensor, owner: np.ndarray, images: int)
     return np.stack([np.bincount(owner, column.cpu().numpy(), minlength=images) for column in columns])
 
 
-def score_of(strength: float, table: np.ndarray, constant: int) -> Score:
-    """From the sums of `per_image`."""
+def score_of(strength: float, table: np.ndarray, images: np.ndarray, constant: int) -> Score:
+    """From the sums of `per_image`, of these images."""
+    table = table[:, images]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Score(strength, table[0], table[1], table[2] / table[3], constant)
+        return Score(strength, images, table[0], table[1], table[2] / table[3], constant)
 
 
 class Sums:
@@ -195,10 +197,9 @@ def _only(blocks: Blocks, part: np.ndarray, wanted: int) -> Iterable[tuple[np.nd
             yield rows[chosen], x[torch.from_numpy(chosen).to(x.device)]
 
 
-def _directions(weights: Tensor, seed: int) -> Tensor:
-    """[m, CHOOSING] orthonormal, or the identity where there are no more channels."""
-    m = weights.shape[1]
-    if m <= CHOOSING:
-        return torch.eye(m, dtype=weights.dtype, device=weights.device)
+def directions(width: int, count: int, seed: int) -> Tensor:
+    """[width, count] float64, orthonormal and seeded; the identity where there are no more channels than that."""
+    if width <= count:
+        return torch.eye(width, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(m, CHOOSING, generator=generator, dtype=torch.float64))[0].to(weights)
+    return torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64))[0]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import Loader
+from keepsight.diagnosis.breakdown import object_rows
 from keepsight.diagnosis.fidelity import Fidelity
 from keepsight.diagnosis.lens import Lens, NoLensError, Readout, readout
 from keepsight.diagnosis.passes import on_device
@@ -16,20 +17,24 @@ from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm
 
-METRICS = ("probes", "structure", "bleeding", "spectrum", "fidelity", "lens", "maps")
-DEFAULT_METRICS = METRICS
+METRICS = ("probes", "structure", "objects", "bleeding", "spectrum", "fidelity", "lens", "maps")
+# What keeps a diagnosis within 1.25 times the plain forward on a model of 135 M parameters (benchmarks/capture.py).
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("bleeding", "objects"))
+MASKED = ("structure", "objects", "bleeding")  # groups that masks are needed for
 STRUCTURE = ("cohesion", "coupling", "gap", "contrast")
 
 
 def wanted_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
-    """The groups asked for, in their order.
+    """The groups asked for, in their order; "default" and "all" stand for those.
 
     Raises:
         ValueError: a group that does not exist.
     """
     given = [metrics] if isinstance(metrics, str) else list(metrics)
+    if given in (["default"], ["all"]):
+        return DEFAULT_METRICS if given == ["default"] else METRICS
     if unknown := [name for name in given if name not in METRICS]:
-        raise ValueError(f"metrics holds {unknown[0]!r}; allowed: {', '.join(METRICS)}")
+        raise ValueError(f"metrics holds {unknown[0]!r}; allowed: default, all, or any of {', '.join(METRICS)}")
     return tuple(name for name in METRICS if name in given)
 
 
@@ -56,21 +61,24 @@ def all_rows(
         )
     unwanted = () if "structure" in wanted else STRUCTURE
     rows += [row for row in image_rows(accumulator, per_image, seed=seed) if row.metric not in unwanted]
-    for group, metric in (("structure", "gap"), ("bleeding", "bleeding")):
+    if "objects" in wanted:
+        rows += object_rows(accumulator, per_image, seed=seed)
+    structured = "structure" if "structure" in wanted else "objects"
+    for group, metric in ((structured, "gap"), ("bleeding", "bleeding")):
         if group in wanted:
-            rows += missing_structure(accumulator, has_masks, loader.mask_values, metric=metric, seed=seed)
+            rows += missing_structure(accumulator, has_masks, loader.seen.mask_values, metric=metric, seed=seed)
     positions = range(len(accumulator.layers))
     if "spectrum" in wanted:
         for position in tracked(positions, "spectrum", progress):
             rows += spectrum_rows(accumulator, position, seed=seed)
     if "fidelity" in wanted:
-        fidelity = Fidelity(accumulator, seed)
+        fidelity = Fidelity(accumulator, per_image, seed)
         similarity = Similarity(accumulator, seed)
         rows += fidelity.general_rows()
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
     if "lens" in wanted:
-        lens = Lens(accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed)
+        lens = Lens(accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
         for position in tracked(positions, "lens", progress):
             rows += lens.rows(position)
     return rows

@@ -20,7 +20,7 @@ from keepsight.diagnosis.spectrum import GROUPS, jackknife
 from keepsight.results import Measurement
 from keepsight.results.intervals import Estimate, mean_interval
 
-IMAGES = 2000  # at most, a seeded subset: the Gram matrices are images × images
+IMAGES = 500  # at most, a seeded subset: the Gram matrices are images × images
 NEIGHBOURS = 10
 FEWEST = 2 * GROUPS  # images for the intervals' groups to be whole
 PERMUTED = "permuted images"

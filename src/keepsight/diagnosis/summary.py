@@ -59,14 +59,14 @@ def image_rows(accumulator: Accumulator, per_image: PerImageBuilder, *, seed: in
                 name.partition("|")[2]: column for name, column in columns.items() if name.startswith(f"{scope}|")
             }
             present = {name: column for name, column in values.items() if not np.isnan(column).all()}
-            for row, contributions in _scope_rows(present, {**base, "tokens": scope}, note):
+            for row, contributions in scope_rows(present, {**base, "tokens": scope}, note):
                 rows.append(row)
                 per_image.add(row.key, contributions)
     return rows
 
 
-def _scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[tuple[Measurement, np.ndarray]]:
-    """Rows, and what each picture adds to them."""
+def scope_rows(values: dict[str, np.ndarray], base: dict, note: str) -> Iterable[tuple[Measurement, np.ndarray]]:
+    """Rows of values {"metric/variant": [n]}, and what each picture adds to them; base: the rows' other fields."""
 
     def row(metric: str, variant: str, found: Estimate, column: np.ndarray, said: str = "") -> Measurement:
         n = int((~np.isnan(column)).sum())

@@ -120,7 +120,8 @@ def load_questions(source: Any, image_folder: str | Path | None = None) -> list[
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"the question file '{path}' does not exist.")
+            kind = "is a folder, but no saved data set" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"the question file '{path}' {kind}.")
         folder = folder or path.parent
         with path.open(encoding="utf-8-sig") as file:
             entries: Iterable[tuple[str, Any]] = [

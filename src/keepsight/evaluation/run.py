@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from keepsight.evaluation.scoring import Record, rows_of, score
 from keepsight.processes import barrier, rank, world_size
 from keepsight.results import Measurement, PerImage, make_folder
 from keepsight.results.storage import storage_error
+from keepsight.vlm import Vlm
 from keepsight.vlm.inference import inference
+from keepsight.vlm.pruning import Pruning, pruned
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 32,
     choices: Choices = "generation",
+    pruning: Pruning | None = None,
     journal: str | Path | None = None,
     progress: bool = False,
     done: Callable[[int], None] = lambda count: None,
@@ -67,6 +71,7 @@ def evaluate(
 
     Args:
         choices: how multiple choice is answered, see `Answerer`.
+        pruning: drop visual tokens after a layer, see `keepsight.vlm.pruning`.
         journal: a folder of answers. Those that it holds are not asked for again, new ones are added as they come, so
             that a stopped evaluation goes on. Several processes need one: each asks its share, all return everything.
         done: called with the number of questions that a batch finished.
@@ -89,7 +94,7 @@ def evaluate(
         raise ValueError("several processes need a journal, a folder that all of them reach; journal is None")
     barrier()  # before the first answer is added, so that all processes share out the same questions
     batches = list(_batches(questions, waiting[rank() :: world_size()], batch_size))
-    with inference(model):
+    with inference(model), nullcontext() if pruning is None else pruned(Vlm(model), pruning):
         answerer = Answerer(model, processor, max_new_tokens, choices)
         for batch in tracked(batches, "questions", progress, len(batches)):
             answers.add(batch, answerer.answer([questions[position] for position in batch]))

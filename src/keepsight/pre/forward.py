@@ -214,10 +214,10 @@ class ForwardPass:
         if self.config.observe:
             states = {layer: state.detach() for layer, state in states.items()}
         # One call of one module, because engines that shard parameters gather them around a module's call.
-        predictions = self._predictors()(states)
+        predictions = self._predictors()({str(layer): state for layer, state in states.items()})
         losses = [
-            self._shares[layer] * self._layer_loss(layer, prediction, states[layer].requires_grad)
-            for layer, prediction in predictions.items()
+            self._shares[layer] * self._layer_loss(layer, predictions[str(layer)], state.requires_grad)
+            for layer, state in states.items()
         ]
         return torch.stack(losses).sum()
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import TrainerCallback
 
+from keepsight.pre import steps
 from keepsight.pre.config import PReConfig
 from keepsight.pre.forward import ForwardPass
 from keepsight.pre.head import PredictionHead, Predictors
-from keepsight.pre.life import DeadLossError, assert_alive
+from keepsight.pre.layers import resolve_layers
+from keepsight.pre.life import ProofOfLife
 from keepsight.pre.sight import Seen, Sight
 from keepsight.vlm.view import Vlm, unwrap
 
@@ -25,7 +23,7 @@ HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names
 _HANDLE = "_keepsight_handle"
 
 
-class Handle(TrainerCallback):
+class Handle(ProofOfLife):
     """Predictive Regularization at work on one model; made by `attach`.
 
     After every training forward, `loss` is ``λ · L_PRe`` of that forward, in the autograd graph. Under ``eval()``,
@@ -46,7 +44,7 @@ class Handle(TrainerCallback):
         self.vlm = Vlm(model)
         self.config = config
         self.inject = inject
-        self.layers, shares = _resolve(self.vlm, config)
+        self.layers, shares = resolve_layers(self.vlm, config)
         self.layer = self.layers[-1]
         core = self.vlm.core
         if getattr(core, _HANDLE, None) is not None:
@@ -56,7 +54,7 @@ class Handle(TrainerCallback):
             )
         self.images_in_step: int | None = None
         self.accumulation = 1
-        self._forward = ForwardPass(
+        self._forward: ForwardPass = ForwardPass(
             self.vlm, config, self.layers, shares, inject=inject, coefficient=self._injected_coefficient
         )
         predictors = Predictors(self._forward.widths, self._forward.targets, self.vlm.width, config)
@@ -68,7 +66,7 @@ class Handle(TrainerCallback):
         self._alive = not config.active
         predictors.register_load_state_dict_post_hook(self._restore_steps)
         self._hooks = self._forward.hook(self._find_predictors)
-        _LIVE.add(self)
+        steps.watch(self)
 
     # ---- what a training loop reads --------------------------------------------------------------------------------
 
@@ -222,70 +220,11 @@ class Handle(TrainerCallback):
         changed.modules_to_save = [*(config.modules_to_save or []), HEAD]
         return changed
 
-    # ---- proof of life ---------------------------------------------------------------------------------------------
-
-    def assert_alive(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check, after the backwards and before the optimizer step, that the predictive loss trains something.
-
-        It looks at the latest forward of the step that had pictures.
-
-        Raises:
-            DeadLossError: see `keepsight.pre.life.assert_alive`.
-        """
-        if not self.config.active:
-            return
-        assert_alive(
-            self._forward.life or self.seen,
-            self.predictors.heads.values(),
-            optimizer,
-            layers=self.layers,
-            image_token_id=self.vlm.image_token_id,
-            observe=self.config.observe,
-        )
-        self._alive = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: another training has another optimizer, so life must be proven again."""
-        self._alive = not self.config.active
-        self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
-        if self.inject and getattr(args, "fp16", False):
-            raise ValueError(
-                "inject=True with fp16=True: the injected gradient would not follow fp16's loss scaling. Train in "
-                "bf16 or float32, or use PReTrainerMixin."
-            )
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
-        if not self._alive and self._forward.life is not None:
-            self.assert_alive(kwargs["optimizer"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: a whole run without one picture is no run with PRe."""
-        if not self._alive_anywhere():
-            raise DeadLossError(
-                "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
-                "data, or set weight=0."
-            )
-        external = self._forward.source.external
-        if external is not None and not external.unchanged():
-            raise DeadLossError(
-                f"the weights of the external anchor {external.name!r} changed during training, so its targets did "
-                "too: something trains or re-initialises it."
-            )
-
-    def _alive_anywhere(self) -> bool:
-        """Whether any process proved life: one may never have had a picture."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self._alive
-        alive = torch.tensor(int(self._alive), device=self.predictors.steps.device)
-        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
-        return bool(alive)
-
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
         """Take hooks and head off: the model is as before `attach`, save for what it learned."""
-        _LIVE.discard(self)
+        steps.forget(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -296,7 +235,7 @@ class Handle(TrainerCallback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _LIVE.add(self)
+        steps.watch(self)
 
     def __enter__(self) -> Handle:
         return self
@@ -304,7 +243,7 @@ class Handle(TrainerCallback):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _stepped(self) -> None:
+    def stepped(self) -> None:
         """An optimizer that holds the head has taken a step."""
         predictors = self.predictors
         self._forward.stepped()
@@ -312,37 +251,6 @@ class Handle(TrainerCallback):
         predictors.commit_statistics()
         if predictors.teacher is not None:
             predictors.teacher.update(self.vlm)
-
-
-_LIVE: weakref.WeakSet[Handle] = weakref.WeakSet()
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Whoever's training loop it is: the end of an optimizer step is where running averages move."""
-    for handle in list(_LIVE):
-        if not handle.config.active:
-            continue
-        own = {id(parameter) for parameter in handle.parameters()}
-        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            handle._stepped()
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-def _resolve(vlm: Vlm, config: PReConfig) -> tuple[list[int], list[float]]:
-    """Layer indices, rising, and their shares of the loss."""
-    found = [vlm.resolve_layer(layer) for layer in config.layers]
-    if 0 in found:
-        raise ValueError(
-            "layer is 0, the decoder's input, which is the anchor itself: choose a layer from 1 to "
-            f"{vlm.depth}, 'middle' or 'last'."
-        )
-    if len(set(found)) < len(found):
-        raise ValueError(f"layer {list(config.layers)} names a layer twice (indices {found}); name each once.")
-    weights = config.layer_weights or (1.0,) * len(found)
-    pairs = sorted(zip(found, weights, strict=True))
-    return [layer for layer, _ in pairs], [weight / sum(weights) for _, weight in pairs]
 
 
 def attach(model: nn.Module, config: PReConfig | None = None, *, inject: bool = False) -> Handle:

@@ -81,9 +81,9 @@ class Predictors(Float32Module):
         self.teacher: Teacher | None = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def forward(self, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Layer → ``[T, d]`` states, to layer → ``[T, d']`` predictions."""
-        return {layer: self.heads[str(layer)](state) for layer, state in states.items()}
+    def forward(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer (as text: DeepSpeed reads the keys) → ``[T, d]`` states, to layer → ``[T, d']`` predictions."""
+        return {layer: self.heads[layer](state) for layer, state in states.items()}
 
     def statistics_of(self, target: str) -> AnchorStatistics | None:
         """The running statistics of a target, if it is normalised."""

@@ -1,14 +1,20 @@
-"""The proof that a predictive loss trains something."""
+"""The proof that a predictive loss trains something, and the trainer callback that asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from keepsight.pre.sight import Seen
+
+if TYPE_CHECKING:
+    from keepsight.pre.handle import Handle
 
 
 class DeadLossError(RuntimeError):
@@ -47,13 +53,15 @@ def assert_alive(
             "the prediction head is frozen (requires_grad is False), for example because get_peft_model ran after "
             "attach. Attach after wrapping with PEFT, or unfreeze handle.parameters()."
         )
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    known = {id(parameter) for group in _groups(optimizer) for parameter in group}
     if not all(id(parameter) in known for parameter in parameters):
         raise DeadLossError(
             "the prediction head is not in the optimizer: attach before building the optimizer, or build it from "
             "keepsight.param_groups(model)."
         )
-    if not all(any(_has_gradient(parameter) for parameter in head.parameters()) for head in heads):
+    # DeepSpeed takes gradients away in the backward, and asking for one makes a process wait for all others.
+    reduced = of_deepspeed(optimizer) is not None
+    if not reduced and not all(any(_has_gradient(parameter) for parameter in head.parameters()) for head in heads):
         raise DeadLossError(
             "the prediction head got no gradient: add handle.loss to the loss before backward(), or use "
             "PReTrainerMixin."
@@ -78,3 +86,84 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
         return False
     own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
     return own.numel() == 0 or bool(own.abs().sum() > 0)
+
+
+def of_deepspeed(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO optimizer inside the wrapper that accelerate puts around it; None where there is none."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if type(inner).__module__.startswith("deepspeed.") else None
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The model's parameters that the optimizer holds; those of ZeRO's own groups are flat pieces of several."""
+    engine = of_deepspeed(optimizer)
+    for name in ("bit16_groups", "fp16_groups"):  # ZeRO-1 and -2, ZeRO-3
+        if found := getattr(engine, name, None):
+            return found
+    return [group["params"] for group in optimizer.param_groups]
+
+
+class ProofOfLife(TrainerCallback):
+    """The part of `Handle` that a trainer calls: it stops a run whose predictive loss is dead."""
+
+    def assert_alive(self: Handle, optimizer: torch.optim.Optimizer) -> None:
+        """Check, after the backwards and before the optimizer step, that the predictive loss trains something.
+
+        It looks at the latest forward of the step that had pictures.
+
+        Raises:
+            DeadLossError: see `keepsight.pre.life.assert_alive`.
+        """
+        if not self.config.active:
+            return
+        assert_alive(
+            self._forward.life or self.seen,
+            self.predictors.heads.values(),
+            optimizer,
+            layers=self.layers,
+            image_token_id=self.vlm.image_token_id,
+            observe=self.config.observe,
+        )
+        self._alive = True
+
+    def on_train_begin(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: another training has another optimizer, so life must be proven again."""
+        self._alive = not self.config.active
+        self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
+        if self.inject and getattr(args, "fp16", False):
+            raise ValueError(
+                "inject=True with fp16=True: the injected gradient would not follow fp16's loss scaling. Train in "
+                "bf16 or float32, or use PReTrainerMixin."
+            )
+
+    def on_pre_optimizer_step(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
+        if not self._alive and self._forward.life is not None:
+            self.assert_alive(kwargs["optimizer"])
+
+    def on_step_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: DeepSpeed's own optimizer steps on flat pieces, in which the head cannot be recognised."""
+        if self.config.active and of_deepspeed(kwargs.get("optimizer")) is not None:
+            self.stepped()
+
+    def on_train_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: a whole run without one picture is no run with PRe."""
+        if not self._alive_anywhere():
+            raise DeadLossError(
+                "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
+                "data, or set weight=0."
+            )
+        external = self._forward.source.external
+        if external is not None and not external.unchanged():
+            raise DeadLossError(
+                f"the weights of the external anchor {external.name!r} changed during training, so its targets did "
+                "too: something trains or re-initialises it."
+            )
+
+    def _alive_anywhere(self: Handle) -> bool:
+        """Whether any process proved life: one may never have had a picture."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self._alive
+        alive = torch.tensor(int(self._alive), device=self.predictors.steps.device)
+        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+        return bool(alive)

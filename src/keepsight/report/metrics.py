@@ -36,6 +36,7 @@ METRICS = {
         "Probe drop", "Share of the accuracy above chance that layer 0 had and this layer has not", percent=True
     ),
     "probe_worst_layer": Metric("Probe drop at the worst layer", percent=True),
+    "probe_accuracy_pruned": Metric("Probe accuracy, tokens pruned", percent=True),
     "cohesion": Metric("Cohesion", "Mean cosine between patches of one object"),
     "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
     "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),

@@ -54,8 +54,8 @@ def read_examples(folder: Path) -> list[Example]:
     for entry in json.loads(index.read_text(encoding="utf-8")):
         mask = entry["mask"] and np.asarray(_open_png(folder, entry["mask"]), dtype=np.uint8)
         image = _open_png(folder, entry["image"]).convert("RGB")
-        stored = entry.get("map") and SimilarityMap.from_bytes(_inside(folder, entry["map"]).read_bytes())
-        found.append(Example(image, mask if entry["mask"] else None, entry["name"], entry["caption"], stored or None))
+        stored = SimilarityMap.from_bytes(_inside(folder, entry["map"]).read_bytes()) if entry.get("map") else None
+        found.append(Example(image, mask if entry["mask"] else None, entry["name"], entry["caption"], stored))
     return found
 
 

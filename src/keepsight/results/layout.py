@@ -10,6 +10,7 @@ from keepsight.results.staging import entries, move
 
 RUN_FILE = "run.json"
 EXAMPLES = "examples"
+RESUMED = ("training", "evaluation")  # kinds whose commands go on with a run, and replace none
 _OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md", *PER_IMAGE)
 _TRAINING = ("stages", "curves.jsonl", "model", "adapter")  # what a training's folder holds beside them
 
@@ -64,14 +65,18 @@ def check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
                 raise FileExistsError(f"'{path}' cannot be overwritten: {cause}. Choose another folder") from cause
             there = None
         if None not in (kind, there) and kind != there:
+            even = "" if kind in RESUMED else ", not even with overwrite=True (--overwrite)"
             raise FileExistsError(
-                f"'{path}' holds a {there} run, which a {kind} must not replace, not even with overwrite=True "
-                "(--overwrite). Choose another folder"
+                f"'{path}' holds a {there} run, which a {kind} must not replace{even}. Choose another folder"
             )
         if not overwrite:
+            otherwise = (
+                "go on with it by resume=True (--resume)"
+                if kind in RESUMED
+                else "pass overwrite=True (--overwrite) to replace it"
+            )
             raise FileExistsError(
-                f"'{path}' already holds a run ('{RUN_FILE}' is there). Choose another folder, or pass "
-                "overwrite=True (--overwrite) to replace it"
+                f"'{path}' already holds a run ('{RUN_FILE}' is there). Choose another folder, or {otherwise}"
             )
         return True
     if content := entries(path):

@@ -218,7 +218,7 @@ class RunDirectory:
         write_per_image(self.path, values)
 
     def write_examples(self, examples: Iterable[Example]) -> None:
-        """Write pictures, masks and maps to examples/, in place of those that were there."""
+        """Write pictures, masks and similarity maps to examples/, in place of those that were there."""
         write_examples(self.path / EXAMPLES, examples)
 
     def read_examples(self) -> list[Example]:

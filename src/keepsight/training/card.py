@@ -99,10 +99,11 @@ def _pre(run: RunDirectory, config: TrainConfig) -> str:
         return "without predictive regularization (λ = 0): a baseline"
     layer, depth = run.info.get("pre_layer"), run.info.get("depth")
     where = f"layer {layer} of {depth}" if layer and depth else f"layer {pre.layer}"
+    weights = dict.fromkeys(f"{weight:g}" for s in config.stages().values() if (weight := config.weight_in(s)) > 0)
     anchor = f"{pre.anchor} ({_code(pre.anchor_model)})" if pre.anchor_model else pre.anchor
     control = f", control {pre.control}" if pre.control else ""
     return (
-        f"with predictive regularization: λ = {pre.weight:g}, {where}, anchor {anchor}, {pre.granularity} "
+        f"with predictive regularization: λ = {' and '.join(weights)}, {where}, anchor {anchor}, {pre.granularity} "
         f"{pre.distance}{control}. Its head is not in these files"
     )
 

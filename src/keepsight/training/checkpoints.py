@@ -9,6 +9,7 @@ between steps; and a mark that is written last, without which a checkpoint does 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,11 +22,12 @@ from transformers import TrainerCallback
 
 from keepsight.pre import Handle
 from keepsight.pre.handle import HEAD
-from keepsight.results import write_file
+from keepsight.results import make_folder, write_file
 from keepsight.training.sharding import is_sharded, load_whole_weights
 
 WEIGHTS = "weights.safetensors"
 MEMORY = "pre_memory.pt"
+KEPT = "weights"  # in the folder of a stage
 MARK = "complete.json"
 
 
@@ -72,12 +74,19 @@ def load_weights(model: torch.nn.Module, folder: Path, *, heads: bool = True) ->
 
 
 class Checkpoints(TrainerCallback):
-    """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones."""
+    """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones.
 
-    def __init__(self, handle: Handle, also: Callable[[], dict[str, Any]] = dict) -> None:
-        """`also` gives what else to remember, tensors and plain values; it is called in every process."""
+    Args:
+        also: gives what else to remember, tensors and plain values; it is called in every process.
+        keep_weights: keep the weights of every checkpoint in the folder that `kept_weights` reads.
+    """
+
+    def __init__(
+        self, handle: Handle, also: Callable[[], dict[str, Any]] = dict, *, keep_weights: bool = False
+    ) -> None:
         self.handle = handle
         self.also = also
+        self.keep_weights = keep_weights
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         also = self.also()
@@ -88,11 +97,31 @@ class Checkpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         torch.save({**self.handle.memory(), **also}, folder / MEMORY)
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        if self.keep_weights:
+            _keep(folder / WEIGHTS, folder.parent / KEPT / f"step-{state.global_step}")
         write_file(folder / MARK, json.dumps({"step": state.global_step, "files": sizes}, indent=1))
         for other in folder.parent.glob("checkpoint-*"):
             if other != folder:
                 (other / MARK).unlink(missing_ok=True)  # first, so that half of it is never taken for the whole
                 shutil.rmtree(other)
+
+
+def _keep(weights: Path, folder: Path) -> None:
+    """A second name for the file, which stays when the checkpoint goes; a copy where the disk knows no such names."""
+    make_folder(folder)
+    half = folder / f"{WEIGHTS}.part"
+    half.unlink(missing_ok=True)
+    try:
+        os.link(weights, half)
+    except OSError:
+        shutil.copyfile(weights, half)
+    os.replace(half, folder / WEIGHTS)
+
+
+def kept_weights(stage: Path) -> list[tuple[int, Path]]:
+    """(optimizer step, folder for `load_weights`) of the weights that a stage kept, in order."""
+    folders = [folder for folder in (stage / KEPT).glob("step-*") if (folder / WEIGHTS).is_file()]
+    return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
 
 
 def latest(stage: Path) -> Path | None:

@@ -207,6 +207,8 @@ class TrainConfig:
         max_length: longest sequence, picture tokens included; null = no limit. Pictures are never cut.
         save_steps: optimizer steps between checkpoints, from which --resume goes on (rounded up to a multiple of
             trainer.logging_steps); one is also written at the end of each stage. null = none.
+        keep_weights: keep the weights of every checkpoint (not its optimizer), so that `keepsight attribute` can look
+            at the model over its training; else only the newest checkpoint stays.
         skip_broken: leave out and count entries whose pictures cannot be read or would be cut, instead of stopping.
         trainer: further `transformers.TrainingArguments`, for both stages, such as {bf16: true}.
     """
@@ -222,6 +224,7 @@ class TrainConfig:
     seed: int = 0
     max_length: int | None = 2048
     save_steps: int | None = 500
+    keep_weights: bool = False
     skip_broken: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -246,6 +249,8 @@ class TrainConfig:
             raise ValueError(f"seed is {self.seed}; allowed: 0 or more.")
         if self.save_steps is not None and self.save_steps < 1:
             raise ValueError(f"save_steps is {self.save_steps}; allowed: 1 or more, or null for no checkpoints.")
+        if self.keep_weights and self.save_steps is None:
+            raise ValueError("keep_weights is on and save_steps is null, so there are no checkpoints; set save_steps.")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; allowed: 1 or more, or null for no limit.")
 

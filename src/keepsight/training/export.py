@@ -17,7 +17,7 @@ from keepsight.training.checkpoints import latest, load_weights, read_state
 from keepsight.training.config import TrainConfig
 from keepsight.training.lora import adapt, is_adapter, save_adapter
 from keepsight.training.recipe import build_model
-from keepsight.training.record import ADAPTER, MODEL, read_curves
+from keepsight.training.record import ADAPTER, MODEL, curves_of, read_curves
 
 Form = Literal["merged", "adapter"]
 
@@ -138,7 +138,7 @@ def _from_checkpoint(
         model.save_pretrained(stage)
         processor.save_pretrained(stage)
     states = {name: read_state(folder) for name, folder in kept.items()}
-    logged = [{"stage": name, **entry} for name, state in states.items() for entry in state["log_history"]]
+    logged = [entry for name, state in states.items() for entry in curves_of(name, state["log_history"])]
     return {name: int(state["global_step"]) for name, state in states.items()}, logged
 
 

@@ -5,6 +5,7 @@ The adapters are put into the model in place, and the names of the parameters th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,12 +28,17 @@ def check_available(lora: LoraConfig) -> None:
 
     Raises:
         ImportError: if a package is missing.
-        ValueError: for 4 bits without CUDA.
+        ValueError: for 4 bits without CUDA, or a model in shards.
     """
     if lora.rank is None:
         return
     if find_spec("peft") is None:
         raise ImportError('LoRA needs PEFT: pip install "keepsight[train]"')
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise ValueError(
+            f"lora.rank is {lora.rank} under FSDP: adapters cannot be joined from shards yet. Launch without FSDP "
+            "(one whole model a process; with LoRA it needs little beside its weights), or set lora.rank to null."
+        )
     if lora.load_in_4bit and find_spec("bitsandbytes") is None:
         raise ImportError(
             "lora.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "

@@ -157,7 +157,9 @@ def train(
             callbacks=[*callbacks],
         )
         trainer.pre_totals |= totals
-        trainer.add_callback(Checkpoints(handle, partial(_found, trainer, datasets[name])))
+        trainer.add_callback(
+            Checkpoints(handle, partial(_found, trainer, datasets[name]), keep_weights=config.keep_weights)
+        )
         trainer.learned, trainer.projector_lr = frozenset(learned), stage.projector_lr
         if callbacks:
             trainer.remove_callback(PrinterCallback)

@@ -15,7 +15,7 @@ CURVES = "curves.jsonl"
 MODEL = "model"
 ADAPTER = "adapter"
 # What may differ when a run goes on, because it does not change what is learned.
-_FREE = {"label", "out", "save_steps", "skip_broken"}
+_FREE = {"label", "out", "save_steps", "keep_weights", "skip_broken"}
 
 
 def read_curves(path: str | Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -11,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from keepsight.pre.handle import Handle
 
 
-def shard_head(accelerator: Any, handle: Handle) -> None:
-    """Under FSDP2, before the optimizer is built: shard the heads by themselves, and the decoder layer by layer.
+def shard_head(accelerator: Any, handle: Handle, optimizer: torch.optim.Optimizer) -> None:
+    """Under FSDP2, before accelerate shards the rest: shard the heads by themselves, and the decoder layer by layer.
 
     Left to accelerate, the heads would be part of the root's group and computed in its low precision; PRe's cosine
     needs float32. The encoder stays in the root's group, unless the configuration names classes to wrap: a process
@@ -37,7 +38,13 @@ def shard_head(accelerator: Any, handle: Handle) -> None:
     if not isinstance(handle.predictors, FSDPModule):
         mesh = accelerator.torch_device_mesh
         names = accelerator.parallelism_config.fsdp_dim_names if mesh is not None else ()
+        whole = list(handle.parameters())
         fully_shard(handle.predictors, mesh=mesh[tuple(names)] if mesh is not None else None)
+        # After the optimizer is built, because `Trainer` would give shards other groups than whole parameters, and the
+        # groups of a resumed run must be those of its checkpoint.
+        shards = {id(old): new for old, new in zip(whole, handle.parameters(), strict=True)}
+        for group in optimizer.param_groups:
+            group["params"] = [shards.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 def is_sharded(model: nn.Module) -> bool:

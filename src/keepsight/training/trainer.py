@@ -60,8 +60,8 @@ class PReTrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
-        shard_head(self.accelerator, self.pre)
         optimizer = super().create_optimizer(*args, **kwargs)
+        shard_head(self.accelerator, self.pre, optimizer)
         if self.pre.config.head_lr is not None:
             set_apart(optimizer, self.pre.parameters(), self.pre.config.head_lr, "keepsight_head")
         return optimizer
@@ -71,9 +71,17 @@ class PReTrainerMixin(_Trainer):
     ) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step, their pictures counted over all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.pre.config.active:
-            images = torch.tensor(sum(self.pre.count_images(batch) for batch in batches), device=device)
-            self.pre.images_in_step = int(self.accelerator.reduce(images, reduction="sum"))
+        if self.pre.config.active or self.is_deepspeed_enabled:
+            counts = [self.pre.count_images(batch) for batch in batches]
+            found = self.accelerator.reduce(torch.tensor([sum(counts), counts.count(0)], device=device))
+            images, empty = found.tolist()
+            if self.is_deepspeed_enabled and empty:
+                raise ValueError(
+                    f"{empty} micro-batches of this step hold no picture, and DeepSpeed's other processes would wait "
+                    "for their share of encoder and projector for ever. Leave text-only samples out, take a larger "
+                    "micro-batch, or train under FSDP2 or DDP."
+                )
+            self.pre.images_in_step = images
         return batches, items
 
     def compute_loss(

@@ -1,0 +1,101 @@
+"""What a probe still reads, from the tokens that are kept, when visual tokens are pruned on the way. Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from keepsight.diagnosis.batches import Loader
+from keepsight.diagnosis.passes import forward
+from keepsight.diagnosis.probe import fit_probes, wilson
+from keepsight.diagnosis.progress import tracked
+from keepsight.diagnosis.summary import too_small
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.vlm import Vlm
+from keepsight.vlm.pruning import Pruning, pruned
+
+
+def check_prunings(vlm: Vlm, prunings: Iterable[Pruning]) -> tuple[Pruning, ...]:
+    """Those asked for.
+
+    Raises:
+        ValueError: one that keeps nothing, of which a probe could read nothing; or a layer that does not exist.
+    """
+    given = tuple(prunings)
+    for pruning in given:
+        if pruning.keep == 0:
+            raise ValueError("a pruning keeps no visual token, so there is nothing to probe; give keep above 0")
+        with pruned(vlm, pruning):
+            pass
+    return given
+
+
+def pruning_rows(
+    vlm: Vlm,
+    loader: Loader,
+    prunings: Sequence[Pruning],
+    labels: Mapping[str, Sequence[str | None]],
+    done: Sequence[int],
+    per_image: PerImageBuilder,
+    *,
+    seed: int,
+    progress: bool = False,
+) -> list[Measurement]:
+    """Rows `probe_accuracy_pruned`: one forward over the pictures for each pruning, with the whole prompt.
+
+    The probe's protocol and its split of the pictures are those of `probe_accuracy`; its input is the mean over the
+    kept tokens of a picture, at the middle and the last layer where these lie above the pruning. `variant` tells the
+    pruning, as "attention, 25% after layer 2".
+    """
+    whole = replace(loader, whole=True)
+    rows: list[Measurement] = []
+    for pruning in tracked(prunings, "pruned", progress):
+        layers = [layer for layer in (vlm.resolve_layer("middle"), vlm.depth) if layer > pruning.layer]
+        pooled = _pooled(vlm, whole, pruning, layers, done)
+        for target, values in labels.items():
+            left_out = too_small(values, done)
+            chosen = [i for i, at in enumerate(done) if values[at] is not None and values[at] not in left_out]
+            names = [str(values[done[i]]) for i in chosen]
+            if len(set(names)) < 2 or len(names) < 5:
+                continue  # `probe_accuracy` says why
+            features = {layer: pooled[layer][chosen] for layer in layers}
+            probe = fit_probes(features.__getitem__, layers, names, seed=seed)
+            for layer, correct in zip(probe.layers, probe.correct, strict=True):
+                low, high = wilson(int(correct.sum()), len(correct))
+                rows.append(
+                    Measurement(
+                        "probe_accuracy_pruned",
+                        float(correct.mean()),
+                        layer=layer,
+                        low=low,
+                        high=high,
+                        n=len(correct),
+                        target=target,
+                        variant=str(pruning),
+                        seed=seed,
+                    )
+                )
+                per_image.add(rows[-1].key, correct, torch.tensor(chosen).numpy()[probe.test])
+    return rows
+
+
+def _pooled(vlm: Vlm, loader: Loader, pruning: Pruning, layers: list[int], done: Sequence[int]) -> dict[int, Tensor]:
+    """{layer: [n, d]}, mean over the kept visual tokens of each picture."""
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with pruned(vlm, pruning) as state:
+        for decoded in loader.batches(list(done), masks=False):
+            image, index = decoded.batch.image, vlm.visual_index(decoded.inputs)
+
+            def sink(layer: int, tokens: Tensor, image: Tensor = image, index: Tensor = index) -> None:
+                assert state.hidden is not None
+                kept = ~state.hidden.flatten()[index.to(state.hidden.device)]
+                owner = image.to(tokens.device)[kept]
+                sums = tokens.new_zeros(int(image.max()) + 1, tokens.shape[1], dtype=torch.float32)
+                sums.index_add_(0, owner, tokens[kept].float())
+                found[layer].append((sums / torch.bincount(owner, minlength=len(sums))[:, None]).cpu())
+
+            forward(vlm, decoded, layers, sink)
+    return {layer: torch.cat(blocks) for layer, blocks in found.items()}

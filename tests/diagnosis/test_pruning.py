@@ -1,0 +1,71 @@
+"""The probe under pruning: from the kept tokens alone, and telling when what matters is dropped."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from keepsight.diagnosis import diagnose
+from keepsight.diagnosis.batches import Loader
+from keepsight.diagnosis.data import find_pictures
+from keepsight.diagnosis.pruning import _pooled
+from keepsight.vlm import Vlm, capture
+from keepsight.vlm.chat import render_prompt, special_tokens
+from keepsight.vlm.pruning import Pruning, pruned
+from tests.diagnosis.world import picture, tiny_llava
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_llava()
+
+
+def test_pooled_over_the_kept_tokens(parts):
+    model, processor = parts
+    vlm = Vlm(model)
+    images = [picture(colour, seed)[0] for seed, colour in enumerate(("red", "green", "blue"))]
+    prompt = render_prompt(processor, "what color ?")
+    loader = Loader(vlm, processor, find_pictures(images).items, prompt, 2, 0, whole=True)
+    pruning = Pruning(1, 0.5)
+    with torch.no_grad():
+        pooled = _pooled(vlm, loader, pruning, [2, vlm.depth], range(3))
+        for row, image in enumerate(images):  # each alone
+            batch = processor(images=[[image]], text=[prompt], return_tensors="pt", **special_tokens(processor, prompt))
+            with pruned(vlm, pruning) as state, capture(vlm, [2, vlm.depth]) as seen:
+                model(**batch)
+            kept = ~state.hidden[state.visual]
+            assert kept.sum() == len(kept) / 2
+            for layer in (2, vlm.depth):
+                torch.testing.assert_close(
+                    pooled[layer][row], seen.states[layer][kept].mean(dim=0), atol=1e-5, rtol=1e-4
+                )
+
+
+def test_rows_and_their_shares(parts):
+    model, processor = parts
+    pairs = [(colour, picture(colour, 10 * i + j)[0]) for i, colour in enumerate(("red", "green")) for j in range(8)]
+    options = {"labels": [name for name, _ in pairs], "metrics": ["probes"], "progress": False, "batch_size": 5}
+    prunings = [Pruning(1, 1.0, "uniform"), Pruning(1, 0.25, "uniform")]
+    result = diagnose(model, processor, [image for _, image in pairs], prunings=prunings, **options)
+    plain = {row.layer: row for row in result.rows if row.metric == "probe_accuracy" and not row.variant}
+    rows = [row for row in result.rows if row.metric == "probe_accuracy_pruned"]
+    depth = Vlm(model).depth
+    assert [(row.variant, row.layer) for row in rows] == [
+        (f"uniform, {share} after layer 1", layer)
+        for share in ("100%", "25%")
+        for layer in (depth // 2, depth)
+        if layer > 1
+    ]
+    for row in rows[: len(rows) // 2]:
+        assert row.value == plain[row.layer].value, "all kept: the plain probe"
+        assert row.n == plain[row.layer].n
+    assert all(np.nanmean(result.per_image.of(row.key)) == pytest.approx(row.value) for row in rows)
+
+
+def test_settings_that_mean_nothing_are_refused_before_the_work(parts):
+    model, processor = parts
+    images = [Image.new("RGB", (16, 16))] * 4
+    with pytest.raises(ValueError, match="keeps no visual token, so there is nothing to probe; give keep above 0"):
+        diagnose(model, processor, images, prunings=[Pruning(1, 0.0)], progress=False)
+    with pytest.raises(ValueError, match="the last one: nothing comes after it"):
+        diagnose(model, processor, images, prunings=[Pruning(Vlm(model).depth, 0.5)], progress=False)

@@ -1,0 +1,43 @@
+"""PRe under `torch.compile`: the hooks are traced with the model, and the gradients are those of the model as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import keepsight
+from tests.tiny import llava_clip_llama
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "the paper's": {},
+    "cascade of a second pass": {"layer": (1, 3), "cascade": True, "normalise": "centred", "anchor": "moving_average"},
+    "injected": {"inject": True},
+}
+
+
+def gradients(choice: dict[str, Any], *, compiled: bool) -> dict[str, torch.Tensor]:
+    """Of one training forward and backward, by parameter name."""
+    options = dict(choice)
+    model, batch = llava_clip_llama()
+    handle = keepsight.attach(model.train(), inject=options.pop("inject", False), config=keepsight.PReConfig(**options))
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] >= 90, -100)
+    called = torch.compile(model, backend="eager") if compiled else model
+    (called(**batch).loss + handle.loss).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", CHOICES)
+def test_gradients_are_those_of_the_model_as_it_is(choice):
+    expected = gradients(CHOICES[choice], compiled=False)
+    torch._dynamo.reset()
+    counters.clear()
+    got = gradients(CHOICES[choice], compiled=True)
+    assert counters["stats"]["unique_graphs"] > 0  # some of it was compiled
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(got[name], gradient, rtol=1e-4, atol=1e-6), name
+    assert got["model.keepsight_head.heads." + ("3" if "cascade" in choice else "2") + ".up.weight"].any()
