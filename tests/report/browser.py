@@ -2,16 +2,20 @@
 
 Where there is none the tests are skipped and say so; KEEPSIGHT_BROWSER=required makes that a failure.
 KEEPSIGHT_SCREENSHOTS names a folder for pictures of what was seen.
+
+`python -m tests.report.browser runs/demo/report.html docs/images` takes the pictures of the docs.
 """
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
@@ -48,6 +52,7 @@ class Tab:
 
     def __init__(self, browser: Any, path: Path, **context: Any) -> None:
         self.context = browser.new_context(offline=True, **{"viewport": {"width": 1200, "height": 900}, **context})
+        self.context.set_default_timeout(120_000)  # machines that test have other work too
         self.page = self.context.new_page()
         self.requests: list[str] = []
         self.errors: list[str] = []
@@ -77,3 +82,20 @@ def screenshot(page: Any, name: str, *, full: bool = False) -> None:
     if folder := os.environ.get("KEEPSIGHT_SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=full)
+
+
+def take_pictures(report: Path, folder: Path) -> None:
+    """The probes and the explorer of a report, as the docs show them."""
+    with chromium() as browser:
+        tab = Tab(browser, report, viewport={"width": 1000, "height": 900})
+        page = tab.ready()
+        page.add_style_tag(content=".top { position: static !important } .wrap { padding: 0 14px !important }")
+        for section, name in (("probes", "report"), ("explorer", "explorer")):
+            path = folder / f"{name}.png"
+            page.locator(f"#{section}").screenshot(path=path)
+            Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        tab.close()
+
+
+if __name__ == "__main__":
+    take_pictures(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -15,6 +15,7 @@ from keepsight.report.curves import open_runs
 from keepsight.report.explorer import BUDGET, Packed, cells, gather, pack
 from keepsight.report.metrics import SECTIONS
 from keepsight.report.panels import OPEN, draw_section
+from keepsight.report.tables import summary
 from keepsight.results import Example, LoadedRun, Measurement, SimilarityMap
 from keepsight.results.maps import compress
 from tests.report.browser import chromium
@@ -136,8 +137,29 @@ def test_many_label_sets_are_folded_away() -> None:
     figures = draw_section(open_runs([LoadedRun("a", rows)]), section)
     assert figures is not None
     assert [len(group.panels) for group in figures.groups] == [OPEN]
-    assert len(figures.more) == 40 - OPEN
-    assert [panel.title for panel in figures.more[:2]] == [f"t{OPEN}", f"t{OPEN + 1}"]
+    (more,) = figures.more
+    assert len(more.panels) == 40 - OPEN
+    assert [panel.title for panel in more.panels[:2]] == [f"t{OPEN}", f"t{OPEN + 1}"]
+
+
+def test_sizes_and_classes_of_objects_are_folded_and_not_in_the_table() -> None:
+    structure = next(section for section in SECTIONS if section.id == "structure")
+    rows = [
+        Measurement(name, 0.5, layer=layer, variant="raw", target=target)
+        for name in ("gap", "cohesion")
+        for target in ("", "objects: small", *(f"objects: class {i}" for i in range(20)))
+        for layer in (0, 1)
+    ]
+    runs = open_runs([LoadedRun("a", rows)])
+    figures = draw_section(runs, structure)
+    assert figures is not None
+    assert [panel.title for group in figures.groups for panel in group.panels] == ["Gap"]
+    assert [(group.title, len(group.panels)) for group in figures.more] == [
+        ("Cohesion, coupling, and their ratio", 1),
+        ("By size and class of the objects", 21),
+    ]
+    assert figures.more[1].panels[0].title == "Gap, objects: small"
+    assert {line.title for line in summary(runs)} == {"Gap, raw", "Cohesion, raw"}
 
 
 def test_a_section_of_supporting_figures_alone_is_open() -> None:

@@ -148,6 +148,9 @@ PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
 CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
 NULL_VARIANTS = ("random weights",)  # alone, or after the variant that they are the null of: "raw, random weights"
 
+# Targets of structure rows that are of some objects only: their first metric's figures are folded away.
+PARTS, PARTS_TITLE = "objects: ", "By size and class of the objects"
+
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
 

@@ -12,6 +12,8 @@ from keepsight.report.metrics import (
     ASKED,
     GROUP_TITLES,
     NEVER_ASKED,
+    PARTS,
+    PARTS_TITLE,
     PREFERRED_VARIANTS,
     Section,
     control_of,
@@ -58,7 +60,7 @@ class Figures:
 
     section: Section
     groups: list[Group]
-    more: list[Panel]
+    more: list[Group]  # folded away
     variants: list[str]
     tokens: list[str]
 
@@ -70,29 +72,34 @@ class Figures:
 
     @property
     def panels(self) -> list[Panel]:
-        return [panel for group in self.groups for panel in group.panels] + self.more
+        return [panel for group in (*self.groups, *self.more) for panel in group.panels]
 
 
 def draw_section(runs: Sequence[Run], section: Section) -> Figures | None:
     """The figures of a section; None if no run has a curve for it."""
     targets = target_groups(runs)
     grouped: dict[str, list[Panel]] = {}
-    more: list[Panel] = []
-    for name in section.metrics:
+    folded: list[Panel] = []
+    parts: list[Panel] = []  # of the section's first metric alone: there may be twenty classes
+    for name in section.metrics + section.more:
         for target in _layered_targets(runs, name):
-            group = grouped.setdefault(targets.get(target, ""), []) if name not in section.folded else more
-            group.append(_panel(runs, section, name, target))
-    more += [_panel(runs, section, name, target) for name in section.more for target in _layered_targets(runs, name)]
-    more = [panel for group in grouped.values() for panel in group[OPEN:]] + more
+            if target.startswith(PARTS):
+                parts += [_panel(runs, section, name, target)] if name == section.metrics[0] else []
+            elif name in section.folded + section.more:
+                folded.append(_panel(runs, section, name, target))
+            else:
+                grouped.setdefault(targets.get(target, ""), []).append(_panel(runs, section, name, target))
+    folded = [panel for group in grouped.values() for panel in group[OPEN:]] + folded
     grouped = {name: group[:OPEN] for name, group in grouped.items()}
+    if not grouped and folded:
+        grouped, folded = {"": folded}, []
+    more = [Group(title, group) for title, group in ((section.more_title, folded), (PARTS_TITLE, parts)) if group]
     if not grouped and not more:
         return None
-    if not grouped:
-        grouped, more = {"": more}, []
     order = [group for group in (NEVER_ASKED, ASKED) if group in grouped]
     order += [group for group in grouped if group not in order]
     groups = [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
-    views = [view for panel in [*(p for g in groups for p in g.panels), *more] for view in panel.views]
+    views = [view for group in (*groups, *more) for panel in group.panels for view in panel.views]
     variants = {view["variant"] for view in views if view["variant"]}
     tokens = dict.fromkeys(view["tokens"] for view in views)
     ranked = [variant for variant in PREFERRED_VARIANTS if variant in variants]
@@ -141,7 +148,7 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
         metric=name,
         target=target,
         id="-".join((section.id, name, str(targets_of(runs, name).index(target)))),
-        title=target or shown.title if name == "probe_accuracy" else shown.title,
+        title=target or shown.title if name == "probe_accuracy" else ", ".join(filter(None, [shown.title, target])),
         help=shown.help,
         percent=shown.percent,
         shared=name == "probe_accuracy",

@@ -11,6 +11,7 @@ from keepsight.report.findings import difference
 from keepsight.report.metrics import (
     ASKED,
     NEVER_ASKED,
+    PARTS,
     SECTIONS,
     control_of,
     metric,
@@ -151,7 +152,8 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]
     """(title, group, series) of every line of a metric: what was never asked first."""
     groups = target_groups(runs)
     order = {NEVER_ASKED: 0, ASKED: 1}
-    for target in sorted(targets_of(runs, name), key=lambda target: order.get(groups.get(target, ""), 2)):
+    targets = [target for target in targets_of(runs, name) if not target.startswith(PARTS)]
+    for target in sorted(targets, key=lambda target: order.get(groups.get(target, ""), 2)):
         chosen = [run.headline(name, target) for run in runs]
         if name in _ALL_VARIANTS:
             chosen += [
