@@ -398,6 +398,13 @@ class TestProofOfLife:
         with pytest.raises(DeadLossError, match=r"saw 0 visual tokens.*id 99"):
             handle.assert_alive(optimizer)
 
+    def test_a_gradient_of_zero(self):
+        model, batch, handle, optimizer = self.start()
+        model(**batch)
+        (0.0 * handle.loss).backward()
+        with pytest.raises(DeadLossError, match=r"If it is added, its gradient is zero .* 'relational'.* use 'patch'"):
+            handle.assert_alive(optimizer)
+
     def test_constant_anchor(self):
         model, batch, handle, optimizer = self.start()
         projector = model.model.multi_modal_projector

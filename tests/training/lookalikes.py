@@ -71,8 +71,9 @@ REAL: dict[str, dict[str, Any]] = {
 TOKENS = {VICUNA: 32000, QWEN: 151665}  # of the tokenizers; Qwen's table has spare rows
 ANCHORS = {"facebook/dinov2-base": 768, "facebook/dinov2-large": 1024}  # width
 VISION_SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION_SMALL |= {"image_size": 28, "patch_size": 14}
+VISION_SMALL |= {"image_size": 28, "patch_size": 14, "initializer_range": 0.5}  # so that patches differ in bfloat16
 LANGUAGE_SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+LANGUAGE_SMALL |= {"initializer_range": 0.5}  # so that states differ by more than the head's bias
 LANGUAGE_SMALL |= {"vocab_size": 64}
 
 

@@ -64,7 +64,8 @@ def assert_alive(
     if not reduced and not all(any(_has_gradient(parameter) for parameter in head.parameters()) for head in heads):
         raise DeadLossError(
             "the prediction head got no gradient: add handle.loss to the loss before backward(), or use "
-            "PReTrainerMixin."
+            "PReTrainerMixin. If it is added, its gradient is zero to the last digit: with granularity 'relational', "
+            "because the head predicts all but the same for all tokens of a picture; use 'patch'."
         )
     if not bool(seen.anchor_varies):
         raise DeadLossError(
