@@ -32,6 +32,10 @@ def test_every_kind_of_picture_counts_as_what_it_shows(parts, tmp_path):
     colour.save(tmp_path / "palette-rgb.png")
     colour.convert("CMYK").save(tmp_path / "cmyk.tif")
     colour.convert("CMYK").convert("RGB").save(tmp_path / "cmyk-rgb.png")
+    clear = colour.convert("RGBA")
+    clear.putalpha(40)
+    clear.save(tmp_path / "clear.png")
+    colour.save(tmp_path / "clear-rgb.png")
     exif = Image.Exif()
     exif[274] = 6
     colour.save(tmp_path / "turned.png", exif=exif)
@@ -40,7 +44,7 @@ def test_every_kind_of_picture_counts_as_what_it_shows(parts, tmp_path):
     Image.open(tmp_path / "animated.gif").convert("RGB").save(tmp_path / "animated-rgb.png")
     result = diagnose(*parts, tmp_path, metrics=(), **FEW)
     found = norms(result)
-    for name in ("grey.png", "palette.png", "cmyk.tif", "turned.png", "animated.gif"):
+    for name in ("grey.png", "palette.png", "cmyk.tif", "clear.png", "turned.png", "animated.gif"):
         stem = name.partition(".")[0]
         assert found[name] == pytest.approx(found[f"{stem}-rgb.png"], rel=1e-5), name
     assert len({round(float(value), 4) for value in found.values()}) > 2

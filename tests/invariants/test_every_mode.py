@@ -16,7 +16,7 @@ from keepsight.training.checkpoints import Checkpoints, read_memory
 from keepsight.training.config import LoraConfig
 from keepsight.training.freeze import train_only
 from keepsight.training.lora import adapt
-from keepsight.training.recipe import KeepsightTrainer
+from keepsight.training.stages import KeepsightTrainer
 from keepsight.vlm import Vlm
 from keepsight.vlm.capture import capture
 from tests.invariants.cells import PAPER, VALUES, Cell, all_pairs, covering, pairs_of

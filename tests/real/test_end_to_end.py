@@ -150,7 +150,9 @@ def test_the_head_predicts_this_pictures_anchor_and_not_anothers(trained):
     cosine, margin = (sum(curve(trained["pre"], "full", name)[-10:]) / 10 for name in ("pre_cosine", "pre_margin"))
     print(f"\nPRe: cosine {cosine:.3f}, with the anchors of other pictures {cosine - margin:.3f}")
     assert cosine > 0.5
-    assert margin > 0.2
+    # The anchors share a large direction (other pictures' are at 0.83 already), so it is the distance 1 − cosine that
+    # tells them apart: to this picture's anchor less than a fifth of that to another's.
+    assert 1 - cosine < 0.2 * (1 - (cosine - margin))
 
 
 @learned

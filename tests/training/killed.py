@@ -1,8 +1,8 @@
 """A training run that is killed: `python -m tests.training.killed POINT RECIPE [FLAGS …]`.
 
 POINT says where: step:S:N (at the end of step N of stage S); S:N:WHAT while checkpoint N of stage S is written, WHAT
-being weights or optimizer (half of it is on the disk), mark (all but the mark is) or removal (while the older
-checkpoint is removed); export (half of the final model is written); or never.
+being weights or optimizer (half of it is on the disk), mark (all but the mark is), removal (while the older
+checkpoint is removed) or whole (just after); export (half of the final model is written); or never.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from keepsight.commands import train as command
-from keepsight.training import checkpoints, recipe
+from keepsight.training import checkpoints, stages
 from tests.training.worker import shard_on_cpu
 
 
@@ -31,7 +31,7 @@ def at(stage: str, step: int, trainer: Any) -> bool:
 
 
 def kill_at(point: str) -> None:
-    trainer = recipe.KeepsightTrainer
+    trainer = stages.KeepsightTrainer
     if point == "export":
         from transformers import PreTrainedModel
 
@@ -81,14 +81,14 @@ def kill_at(point: str) -> None:
                 die()
 
         trainer._save_optimizer_and_scheduler = half_optimizer
-    elif third in ("mark", "removal"):
+    elif third in ("mark", "removal", "whole"):
         on_save = checkpoints.Checkpoints.on_save
 
         def marked(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if Path(args.output_dir).name == stage and state.global_step == step:
                 if third == "mark":
                     checkpoints.write_file = die
-                else:
+                elif third == "removal":
                     remove = shutil.rmtree
 
                     def half_removed(folder: Any) -> None:
@@ -98,6 +98,8 @@ def kill_at(point: str) -> None:
 
                     shutil.rmtree = half_removed
             on_save(self, args, state, control, **kwargs)
+            if third == "whole" and Path(args.output_dir).name == stage and state.global_step == step:
+                die()
 
         checkpoints.Checkpoints.on_save = marked
     else:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
 from keepsight.training import recipe
+from keepsight.training import stages as module
 from keepsight.training.checkpoints import latest
 from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
 from keepsight.training.freeze import parts, train_only
@@ -99,7 +100,7 @@ def test_the_same_seed_gives_the_same_run(setting) -> None:
 
 def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
     heads = []
-    trainer = recipe.KeepsightTrainer
+    trainer = module.KeepsightTrainer
 
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def train(self, *args, **kwargs):
@@ -116,7 +117,7 @@ def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
 
 def test_head_learning_rate_has_its_own_group(setting, monkeypatch) -> None:
     seen: list[list[tuple[int, float]]] = []
-    trainer = recipe.KeepsightTrainer
+    trainer = module.KeepsightTrainer
 
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def create_optimizer(self, *args, **kwargs):

@@ -10,11 +10,13 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
+from keepsight.diagnosis.batches import Loader
 from keepsight.diagnosis.calibrate import LayerCalibration
 from keepsight.diagnosis.data import Picture
 from keepsight.diagnosis.record import Record
-from keepsight.results import make_folder
+from keepsight.results import fingerprint, make_folder, prompt_hash
 from keepsight.results.storage import write_file
+from keepsight.vlm import Vlm
 
 MANIFEST, CALIBRATION = "manifest.json", "calibration.safetensors"
 TAKEN = ("fidelity", "objects", "bleeding")  # groups whose values are taken in the forward, or not
@@ -104,7 +106,33 @@ class Kept:
             return found, json.loads(said["tokens"])
 
 
-def image_settings(processor: Any) -> int:
+def open_kept(
+    folder: Path,
+    vlm: Vlm,
+    encoder: Vlm | None,
+    loader: Loader,
+    layers: list[int],
+    taken: dict[str, bool],
+    how: dict[str, Any],
+) -> Kept:
+    """The folder of the features that this model gives for the loader's pictures; `how`: the other settings.
+
+    Raises:
+        ValueError, StorageError: as `Kept`.
+    """
+    manifest = {
+        "model": fingerprint(vlm.model),
+        "initial": None if encoder is None else fingerprint(encoder.model),
+        "processor": _image_settings(loader.processor),
+        "prompt": prompt_hash(loader.prompt),
+        "layers": layers,
+        **how,
+        "pictures": [identity(item) for item in loader.pictures],
+    }
+    return Kept(folder, manifest, taken)
+
+
+def _image_settings(processor: Any) -> int:
     """A checksum of how the processor makes pixels of pictures; 0 where it does not say."""
     settings = getattr(getattr(processor, "image_processor", None), "to_json_string", str)()
     return zlib.crc32(settings.encode())

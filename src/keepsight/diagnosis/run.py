@@ -15,11 +15,11 @@ from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader
 from keepsight.diagnosis.data import find_pictures
 from keepsight.diagnosis.examples import choose_examples, open_examples
-from keepsight.diagnosis.kept import TAKEN, Kept, identity, image_settings
+from keepsight.diagnosis.kept import TAKEN, open_kept
 from keepsight.diagnosis.maps import similarity_maps
 from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, wanted_nulls
 from keepsight.diagnosis.passes import measure
-from keepsight.diagnosis.probe import stratified_split
+from keepsight.diagnosis.prepare import check_labels, check_settings, chosen_layers, initial_encoder
 from keepsight.diagnosis.pruning import check_prunings, pruning_rows
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, MASKED, all_rows, open_lens, wanted_metrics
@@ -115,23 +115,14 @@ def diagnose(
     prunings, members = check_prunings(vlm, prunings), team(several_processes)
     masks = masks if set(MASKED) & set(wanted) or keep_features is not None else None
     pictures = select(find_pictures(images, labels, masks, mask_format, mask_suffix), classes, limit, seed)
-    chosen = _layers(vlm, layers)
+    chosen = chosen_layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
-        _check_labels(target, values)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; allowed: 0 or more")
-    for token in ("image_token", "boi_token"):
-        if (placeholder := getattr(processor, token, None)) and placeholder in prompt:
-            raise ValueError(
-                f"the prompt {prompt[:60]!r} holds the image placeholder {placeholder!r}; give the text alone, the "
-                "picture is put before it"
-            )
+        check_labels(target, values)
+    check_settings(processor, prompt, batch_size, seed)
     has_masks = any(item.mask is not None for item in pictures.items)
     rendered = render_prompt(processor, prompt)
     loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
-    encoder = _initial(initial, vlm)
+    encoder = initial_encoder(initial, vlm)
     how: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
@@ -161,7 +152,7 @@ def diagnose(
         kept, taken = None, {group: group in wanted for group in TAKEN}
         if keep_features is not None:
             kept = members.together(
-                partial(_kept, Path(keep_features) / name, vlm, encoder, loader, chosen, taken, how)
+                partial(open_kept, Path(keep_features) / name, vlm, encoder, loader, chosen, taken, how)
             )
             taken = kept.taken
         with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
@@ -257,50 +248,3 @@ def diagnose(
     result = members.from_first(members.together(finish))
     assert result is not None
     return result
-
-
-def _kept(
-    folder: Path,
-    vlm: Vlm,
-    encoder: Vlm | None,
-    loader: Loader,
-    layers: list[int],
-    taken: dict[str, bool],
-    how: dict[str, Any],
-) -> Kept:
-    manifest = {
-        "model": fingerprint(vlm.model),
-        "initial": None if encoder is None else fingerprint(encoder.model),
-        "processor": image_settings(loader.processor),
-        "prompt": prompt_hash(loader.prompt),
-        "layers": layers,
-        **how,
-        "pictures": [identity(item) for item in loader.pictures],
-    }
-    return Kept(folder, manifest, taken)
-
-
-def _layers(vlm: Vlm, layers: str | Iterable[int | str]) -> list[int]:
-    if layers == "all":
-        return list(range(vlm.depth + 1))
-    listed = [layers] if isinstance(layers, (str, int)) else list(layers)
-    if not listed:
-        raise ValueError('layers is empty; give "all" or at least one layer')
-    return sorted({vlm.resolve_layer(layer) for layer in listed})
-
-
-def _initial(initial: nn.Module | None, vlm: Vlm) -> Vlm | None:
-    if initial is None:
-        return None
-    found = Vlm(initial)
-    if found.family != vlm.family:
-        raise ValueError(f"initial is of family {found.family!r}, the model of {vlm.family!r}; they must be the same")
-    return found
-
-
-def _check_labels(target: str, values: Sequence[str | None]) -> None:
-    """Fail before the forward pass, not after it."""
-    try:
-        stratified_split([value for value in values if value is not None], 0)
-    except ValueError as error:
-        raise ValueError(f"label set '{target}': {error}") from error

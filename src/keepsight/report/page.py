@@ -45,6 +45,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
     return template.render(
         title=title,
         verdict=verdict,
+        paired=all(run.loaded.per_image is not None for run in runs),
         runs=runs,
         colours=COLOURS,
         evidence=evidence(runs),

@@ -1,63 +1,28 @@
 """The two-stage recipe: load, freeze, attach, train, detach, save. HF `Trainer` does the training."""
 
-import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
-from keepsight.images import ImageError
-from keepsight.pre import Handle, PReConfig, attach
-from keepsight.results import RUN_FILE, RunDirectory, fingerprint, write_file
+from keepsight.pre import attach
+from keepsight.results import RUN_FILE, RunDirectory, fingerprint
 from keepsight.training import record
-from keepsight.training.arguments import STAGES, training_arguments
-from keepsight.training.checkpoints import (
-    Checkpoints,
-    latest,
-    load_weights,
-    read_memory,
-    read_state,
-    save_weights,
-)
-from keepsight.training.collator import Collator
+from keepsight.training.arguments import training_arguments
 from keepsight.training.config import DataConfig, ModelConfig, TrainConfig
 from keepsight.training.conversations import ConversationSource
 from keepsight.training.data import ConversationDataset, load_source
-from keepsight.training.encode import CutError, Encoder
-from keepsight.training.freeze import parts, train_only
-from keepsight.training.lora import adapt, check_available, merged, save_adapter, targets
+from keepsight.training.encode import Encoder
+from keepsight.training.freeze import train_only
+from keepsight.training.lora import check_available, merged, save_adapter, targets
 from keepsight.training.sharding import is_sharded, whole_weights
-from keepsight.training.trainer import PReTrainerMixin, set_apart
+from keepsight.training.stages import Stages
 from keepsight.vlm.load import load_model
-
-
-class KeepsightTrainer(PReTrainerMixin, Trainer):
-    """HF `Trainer` with PRe, whose checkpoints hold what has learned, see `keepsight.training.checkpoints`."""
-
-    learned: frozenset[str] = frozenset()
-    projector_lr: float | None = None
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.projector_lr is not None:
-            set_apart(optimizer, parts(self.pre.vlm.model)["projector"], self.projector_lr, "keepsight_projector")
-        return optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        assert output_dir is not None
-        if self.args.should_save:  # of a sharded model, all processes come here, and the main one has the weights
-            save_weights(self.pre.vlm.model, Path(output_dir), self.learned, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.pre.vlm.model, Path(resume_from_checkpoint))
 
 
 def train(
@@ -122,85 +87,32 @@ def train(
         if run is not None and not resuming:
             record.undo(run)
         raise
-    handle: Handle | None = None
-    curves: list[dict[str, Any]] = []
-    learned: set[str] = set()
-    adapted: Any = None
-    for number, (name, stage) in enumerate(config.stages().items()):
-        if adapted is None and config.uses_lora(stage):
-            set_seed(config.seed + number)
-            adapted = adapt(model, config.lora)
-        learning = train_only(model, stage.train)
-        handle = _attach(model, config.pre_in(stage), handle)
-        learned |= {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-        checkpoint = latest(Path(config.out) / STAGES / name) if resuming else None
-        totals: dict[str, int] = {}
-        if checkpoint is not None:
-            memory, state = read_memory(checkpoint), read_state(checkpoint)
-            handle.remember(memory)
-            datasets[name].recall(memory["entries"])
-            totals = memory["totals"]
-            if state["global_step"] >= state["max_steps"]:
-                load_weights(model, checkpoint)
-                curves += record.curves_of(name, state["log_history"])
-                if run is not None:
-                    record.count(run, name, learning, state["global_step"], datasets[name], totals)
-                continue
-        set_seed(config.seed + number)  # of its own, so that a stage does not hang on how the one before was run
-        datasets[name].prepare_with(handle.prepare if handle.needs_pictures else None)
-        trainer = KeepsightTrainer(
-            model=model,
-            args=arguments[name],
-            train_dataset=datasets[name],
-            data_collator=Collator(processor),
-            processing_class=processor,
-            callbacks=[*callbacks],
-        )
-        trainer.pre_totals |= totals
-        trainer.add_callback(
-            Checkpoints(handle, partial(_found, trainer, datasets[name]), keep_weights=config.keep_weights)
-        )
-        trainer.learned, trainer.projector_lr = frozenset(learned), stage.projector_lr
-        if callbacks:
-            trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.read_log()
-            _found(trainer, datasets[name])
-        except (ImageError, CutError) as error:
-            kept = latest(Path(config.out) / STAGES / name)
-            if kept is not None:
-                raise type(error)(f"{error} What was trained is kept: repeat the command with --resume.") from error
-            if run is not None and not resuming and not curves:
-                trainer.state.log_history = []
-                shutil.rmtree(run.path / STAGES, ignore_errors=True)
-                record.undo(run)
-                run = None
-            raise
-        finally:
-            curves += record.curves_of(name, trainer.state.log_history)
-            if run is not None:
-                write_file(run.path / record.CURVES, "".join(json.dumps(entry) + "\n" for entry in curves))
-                record.count(run, name, learning, trainer.state.global_step, datasets[name], trainer.pre_totals)
-    assert handle is not None
-    layer, depth, width = handle.layer, handle.vlm.depth, handle.vlm.width
-    handle.detach()
-    if adapted is not None and run is not None:
-        save_adapter(adapted, learned, run.path / record.ADAPTER, base=record.model_name(config.model))
-    if adapted is not None and not config.lora.load_in_4bit:
-        model = adapted.merge_and_unload()
-    elif adapted is not None and run is not None:  # into the weights themselves, not into their 4 bits
+    stages = Stages(config, model, processor, datasets, callbacks, run, resuming=resuming)
+    for number, name in enumerate(config.stages()):
+        stages.train(number, name, arguments[name])
+    _save(stages, before)
+    PartialState().wait_for_everyone()
+    return run or RunDirectory.open(config.out)
+
+
+def _save(stages: Stages, before: str) -> None:
+    """Take PRe off, join adapters and shards, and write the model; every process must call it."""
+    config, model, run = stages.config, stages.model, stages.run
+    described = stages.detach()
+    if stages.adapted is not None and run is not None:
+        name = record.model_name(config.model)
+        save_adapter(stages.adapted, stages.learned, run.path / record.ADAPTER, base=name)
+    if stages.adapted is not None and not config.lora.load_in_4bit:
+        model = stages.adapted.merge_and_unload()
+    elif stages.adapted is not None and run is not None:  # into the weights themselves, not into their 4 bits
         model = merged(build_model(config.model, seed=config.seed)[0], run.path / record.ADAPTER)
     model.requires_grad_(True)
     weights = whole_weights(model) if is_sharded(model) else model.state_dict()
     if run is not None:
         model.save_pretrained(run.path / record.MODEL, state_dict=weights)
-        processor.save_pretrained(run.path / record.MODEL)
-        described = {"name": record.model_name(config.model), "before": before, "fingerprint": fingerprint(weights)}
-        used = any(config.pre_in(stage).active for stage in config.stages().values())
-        run.update(model=described, depth=depth, width=width, pre_layer=layer if used else None, finished=True)
-    PartialState().wait_for_everyone()
-    return run or RunDirectory.open(config.out)
+        stages.processor.save_pretrained(run.path / record.MODEL)
+        named = {"name": record.model_name(config.model), "before": before, "fingerprint": fingerprint(weights)}
+        run.update(model=named, **described, finished=True)
 
 
 def build_model(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
@@ -244,23 +156,3 @@ def _datasets(
         for data, source in sources.items()
     }
     return {name: made[config.data_of(stage)] for name, stage in config.stages().items()}
-
-
-def _attach(model: Any, wanted: PReConfig, handle: Handle | None) -> Handle:
-    """PRe as a stage wants it: a head that goes on from the stage before, or one that does nothing."""
-    if handle is not None and handle.config.active == wanted.active:
-        handle.set_weight(wanted.weight, observe=wanted.observe)
-        handle.follow()
-        return handle
-    if handle is not None:
-        handle.detach()
-    return attach(model, wanted)
-
-
-def _found(trainer: KeepsightTrainer, dataset: ConversationDataset) -> dict[str, Any]:
-    """What the run has found out so far about the data, in all processes (each must call this)."""
-    states = dataset.states.to(trainer.args.device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(states, op=dist.ReduceOp.MAX)
-    dataset.recall(states.cpu())
-    return {"entries": dataset.states.clone(), "totals": dict(trainer.pre_totals)}

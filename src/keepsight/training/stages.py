@@ -1,0 +1,198 @@
+"""The stages of a run, one after another: freeze, attach, train, and keep what goes from one stage to the next."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from keepsight.images import ImageError
+from keepsight.pre import Handle, PReConfig, attach
+from keepsight.results import RunDirectory, write_file
+from keepsight.training import record
+from keepsight.training.arguments import STAGES
+from keepsight.training.checkpoints import (
+    Checkpoints,
+    latest,
+    load_weights,
+    read_memory,
+    read_state,
+    save_weights,
+)
+from keepsight.training.collator import Collator
+from keepsight.training.config import StageConfig, TrainConfig
+from keepsight.training.data import ConversationDataset
+from keepsight.training.encode import CutError
+from keepsight.training.freeze import parts, train_only
+from keepsight.training.lora import adapt
+from keepsight.training.trainer import PReTrainerMixin, set_apart
+
+
+class KeepsightTrainer(PReTrainerMixin, Trainer):
+    """HF `Trainer` with PRe, whose checkpoints hold what has learned, see `keepsight.training.checkpoints`."""
+
+    learned: frozenset[str] = frozenset()
+    projector_lr: float | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projector_lr is not None:
+            set_apart(optimizer, parts(self.pre.vlm.model)["projector"], self.projector_lr, "keepsight_projector")
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        if self.args.should_save:  # of a sharded model, all processes come here, and the main one has the weights
+            save_weights(self.pre.vlm.model, Path(output_dir), self.learned, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.pre.vlm.model, Path(resume_from_checkpoint))
+
+
+class Stages:
+    """What a run's stages share.
+
+    Args:
+        run: where curves and counts are written; None in all processes but the main one.
+        resuming: begin each stage from its newest whole checkpoint.
+
+    Attributes:
+        model: trained in place. adapted: PEFT's view of it, once a stage trained adapters.
+        learned: names of the parameters that learned in any stage so far.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        processor: Any,
+        datasets: Mapping[str, ConversationDataset],
+        callbacks: Sequence[TrainerCallback],
+        run: RunDirectory | None,
+        *,
+        resuming: bool,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.processor = processor
+        self.datasets = datasets
+        self.callbacks = callbacks
+        self.run = run
+        self.resuming = resuming
+        self.adapted: Any = None
+        self.learned: set[str] = set()
+        self._handle: Handle | None = None
+        self._curves: list[dict[str, Any]] = []
+
+    def train(self, number: int, name: str, arguments: TrainingArguments) -> None:
+        """Train a stage, or what a stopped run left of it.
+
+        Raises:
+            ImageError, CutError: for data that cannot be used; a run that took no step is taken back.
+            DeadLossError: if PRe would train nothing.
+        """
+        stage, dataset = self.config.stages()[name], self.datasets[name]
+        if self.adapted is None and self.config.uses_lora(stage):
+            set_seed(self.config.seed + number)
+            self.adapted = adapt(self.model, self.config.lora)
+        learning = train_only(self.model, stage.train)
+        handle = self._handle = _attach(self.model, self.config.pre_in(stage), self._handle)
+        self.learned |= {key for key, parameter in self.model.named_parameters() if parameter.requires_grad}
+        checkpoint = self._kept(name) if self.resuming else None
+        totals: dict[str, int] = {}
+        if checkpoint is not None:
+            memory, state = read_memory(checkpoint), read_state(checkpoint)
+            handle.remember(memory)
+            dataset.recall(memory["entries"])
+            totals = memory["totals"]
+            if state["global_step"] >= state["max_steps"]:
+                load_weights(self.model, checkpoint)
+                self._write(name, learning, state["global_step"], state["log_history"], totals)
+                return
+        set_seed(self.config.seed + number)  # of its own, so that a stage does not hang on how the one before was run
+        dataset.prepare_with(handle.prepare if handle.needs_pictures else None)
+        trainer = self._trainer(stage, dataset, handle, arguments)
+        trainer.pre_totals |= totals
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.read_log()
+            _found(trainer, dataset)
+        except (ImageError, CutError) as error:
+            if self._kept(name) is not None:
+                raise type(error)(f"{error} What was trained is kept: repeat the command with --resume.") from error
+            if self.run is not None and not self.resuming and not self._curves:
+                trainer.state.log_history = []
+                shutil.rmtree(self.run.path / STAGES, ignore_errors=True)
+                record.undo(self.run)
+                self.run = None
+            raise
+        finally:
+            self._write(name, learning, trainer.state.global_step, trainer.state.log_history, trainer.pre_totals)
+
+    def detach(self) -> dict[str, Any]:
+        """Take PRe off the model; returns depth, width and PRe's layer for run.json."""
+        handle = self._handle
+        assert handle is not None
+        used = any(self.config.pre_in(stage).active for stage in self.config.stages().values())
+        described = {
+            "depth": handle.vlm.depth,
+            "width": handle.vlm.width,
+            "pre_layer": handle.layer if used else None,
+        }
+        handle.detach()
+        return described
+
+    def _write(
+        self, name: str, learning: int, steps: int, history: list[dict[str, Any]], totals: Mapping[str, int]
+    ) -> None:
+        """The curves so far, and the stage's counts; also of a stage that ended and was killed before this."""
+        self._curves += record.curves_of(name, history)
+        if self.run is not None:
+            write_file(self.run.path / record.CURVES, "".join(json.dumps(entry) + "\n" for entry in self._curves))
+            record.count(self.run, name, learning, steps, self.datasets[name], totals)
+
+    def _kept(self, name: str) -> Path | None:
+        return latest(Path(self.config.out) / STAGES / name)
+
+    def _trainer(
+        self, stage: StageConfig, dataset: ConversationDataset, handle: Handle, arguments: TrainingArguments
+    ) -> KeepsightTrainer:
+        trainer = KeepsightTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(self.processor),
+            processing_class=self.processor,
+            callbacks=[*self.callbacks],
+        )
+        found = partial(_found, trainer, dataset)
+        trainer.add_callback(Checkpoints(handle, found, keep_weights=self.config.keep_weights))
+        trainer.learned, trainer.projector_lr = frozenset(self.learned), stage.projector_lr
+        if self.callbacks:
+            trainer.remove_callback(PrinterCallback)
+        return trainer
+
+
+def _attach(model: Any, wanted: PReConfig, handle: Handle | None) -> Handle:
+    """PRe as a stage wants it: a head that goes on from the stage before, or one that does nothing."""
+    if handle is not None and handle.config.active == wanted.active:
+        handle.set_weight(wanted.weight, observe=wanted.observe)
+        handle.follow()
+        return handle
+    if handle is not None:
+        handle.detach()
+    return attach(model, wanted)
+
+
+def _found(trainer: KeepsightTrainer, dataset: ConversationDataset) -> dict[str, Any]:
+    """What the run has found out so far about the data, in all processes (each must call this)."""
+    states = dataset.states.to(trainer.args.device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(states, op=dist.ReduceOp.MAX)
+    dataset.recall(states.cpu())
+    return {"entries": dataset.states.clone(), "totals": dict(trainer.pre_totals)}
