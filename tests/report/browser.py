@@ -87,13 +87,13 @@ def screenshot(page: Any, name: str, *, full: bool = False) -> None:
 def take_pictures(report: Path, folder: Path) -> None:
     """The probes and the explorer of a report, as the docs show them."""
     with chromium() as browser:
-        tab = Tab(browser, report, viewport={"width": 1000, "height": 900})
+        tab = Tab(browser, report, viewport={"width": 1120, "height": 900})
         page = tab.ready()
-        page.add_style_tag(content=".top { position: static !important } .wrap { padding: 0 14px !important }")
+        page.add_style_tag(content=".top { position: static !important } section { padding: 24px !important }")
         for section, name in (("probes", "report"), ("explorer", "explorer")):
             path = folder / f"{name}.png"
             page.locator(f"#{section}").screenshot(path=path)
-            Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+            Image.open(path).convert("RGB").save(path, optimize=True)
         tab.close()
 
 
