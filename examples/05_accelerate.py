@@ -4,6 +4,8 @@ python examples/05_accelerate.py
 torchrun --nproc_per_node 2 examples/05_accelerate.py
 """
 
+from contextlib import nullcontext
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -56,7 +58,7 @@ for step in range(STEPS):
     handle.images_in_step = images
     losses = torch.zeros(2, device=accelerator.device)
     for batch in micro_batches:
-        with accelerator.no_sync(wrapped) if batch is not micro_batches[-1] else accelerator.autocast():
+        with accelerator.no_sync(wrapped) if batch is not micro_batches[-1] else nullcontext():
             out = wrapped(**batch, num_items_in_batch=tokens)  # transformers divides the summed loss by it
             loss = out.loss + handle.loss  # of this micro-batch, its share of both means
             accelerator.backward(loss * processes)  # gradients are averaged over processes

@@ -26,7 +26,7 @@ def run(example: Path, folder: Path, processes: int = 1) -> str:
 
 
 def test_there_are_examples_and_each_is_short():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert all(len(example.read_text(encoding="utf-8").splitlines()) < 80 for example in EXAMPLES)
 
 
@@ -67,3 +67,10 @@ def test_accelerate_loop(tmp_path):
     assert len(curves[0]) == 4
     assert curves[0] == curves[1]
     assert (tmp_path / "two" / "runs" / "example-accelerate" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_trl(tmp_path):
+    pytest.importorskip("trl")
+    steps = run(EXAMPLES[5], tmp_path).splitlines()[-4:]
+    assert all("'pre_cosine'" in step and "'pre_images': 8.0" in step for step in steps)

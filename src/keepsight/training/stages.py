@@ -123,7 +123,7 @@ class Stages:
             trainer.read_log()
             _found(trainer, dataset)
         except (ImageError, CutError) as error:
-            if self._kept(name) is not None:
+            if any(self._kept(stage_name) is not None for stage_name in self.config.stages()):
                 raise type(error)(f"{error} What was trained is kept: repeat the command with --resume.") from error
             if self.run is not None and not self.resuming and not self._curves:
                 trainer.state.log_history = []
