@@ -30,6 +30,7 @@ DEPTH = 30
 ASKED_PICTURES = 8 if SHORT else 80
 LAYER_METRICS = {"probe_accuracy", "cohesion", "coupling", "gap", "contrast", "participation_ratio", "entropy_rank",
                  "feature_correlation", "token_homogeneity", "token_norm"}  # fmt: skip
+SOME_LAYERS = {"silencing", "lens_entropy"}  # a large vocabulary costs as much as several layers
 ONE_LAYER_METRICS = {"probe_drop": 15, "probe_worst_layer": None}  # the middle layer; one chosen from the data
 
 learned = pytest.mark.skipif(SHORT, reason="KEEPSIGHT_REAL_STEPS is set: too few steps to learn anything")
@@ -179,7 +180,11 @@ def test_every_metric_has_a_row_at_every_layer(diagnosed, arm):
     found = by_metric(diagnosed[arm].read_rows())
     assert {metric for metric, *_ in found} >= LAYER_METRICS
     for key, rows in found.items():
-        assert sorted(row.layer for row in rows) == list(range(DEPTH + 1)), key
+        layers = sorted(row.layer for row in rows)
+        if key[0] in SOME_LAYERS:
+            assert {0, DEPTH // 2, DEPTH} <= set(layers), key
+        else:
+            assert layers == list(range(DEPTH + 1)), key
         assert all(row.value is not None or row.note for row in rows), key
     for metric, layer in ONE_LAYER_METRICS.items():
         rows = [row for row in diagnosed[arm].read_rows() if row.metric == metric]
