@@ -36,7 +36,7 @@ def test_rows_of_every_layer_target_and_question(done):
         for metric in ("gap", "participation_ratio", "token_norm"):
             assert {row.layer for row in rows if row.metric == metric} == set(range(9)), metric
         answers = {row.metric for row in rows if row.metric.startswith("answer_") and not row.target}
-        assert answers == {"answer_accuracy", "answer_prior"}
+        assert answers == {"answer_accuracy", "answer_f1", "answer_yes", "answer_prior"}
 
 
 @pytest.mark.slow
