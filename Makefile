@@ -1,5 +1,6 @@
 # make demo        train two tiny models, without and with PRe, diagnose both, write the report (minutes on a CPU)
-# make test        all tests but those that need downloaded weights
+# make test        the tests but those that need downloaded weights and the rest of the largest grid
+# make test-thorough  that rest: every pair of settings of PRe in every way to train
 # make check       ruff, mypy and the fast tests, in under two minutes
 # make bench       the benchmarks, each prints a ratio
 # make test-real   fetch the pretrained parts, then the tests that need them
@@ -19,9 +20,9 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 BENCHES := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
-.PHONY: help setup demo test check bench test-real
+.PHONY: help setup demo test test-thorough check bench test-real
 help:
-	@sed -n '/^# /s/^# //p' Makefile | head -5
+	@sed -n '/^# /s/^# //p' Makefile | head -6
 
 setup: $(STAMP)
 
@@ -39,7 +40,10 @@ demo: setup
 	$(BIN)/keepsight demo $(ARGS)
 
 test: setup
-	$(PYTEST) -m "not real" --durations=15 $(ARGS)
+	$(PYTEST) -m "not real and not thorough" --durations=15 $(ARGS)
+
+test-thorough: setup
+	$(PYTEST) -m thorough $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

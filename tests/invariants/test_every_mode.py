@@ -32,9 +32,14 @@ SIDE = 12
 
 # In every run of the tests: the paper's default in the trainer, and three modes in a loop of one's own.
 QUICK = [Cell(), *(next(c for c in CELLS if c.mode == m and c.loop == "loop") for m in ("full", "lora", "bf16"))]
-EVERY = pytest.mark.parametrize(
-    "cell", [pytest.param(c, id=str(c), marks=() if c in QUICK else pytest.mark.slow) for c in CELLS]
-)
+
+
+def _marks(cell: Cell) -> tuple[Any, ...]:
+    """Beside the quick ones, `make test` tries the paper's cells; `make test-thorough` all."""
+    return () if cell in QUICK else (pytest.mark.slow, *(() if cell in PAPER else (pytest.mark.thorough,)))
+
+
+EVERY = pytest.mark.parametrize("cell", [pytest.param(cell, id=str(cell), marks=_marks(cell)) for cell in CELLS])
 
 
 def test_every_pair_of_values_is_in_some_cell():
