@@ -13,8 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
-from keepsight.training import recipe
-from keepsight.training import stages as module
+from keepsight.training import recipe, stages
 from keepsight.training.checkpoints import latest
 from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
 from keepsight.training.freeze import parts, train_only
@@ -100,7 +99,7 @@ def test_the_same_seed_gives_the_same_run(setting) -> None:
 
 def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
     heads = []
-    trainer = module.KeepsightTrainer
+    trainer = stages.KeepsightTrainer
 
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def train(self, *args, **kwargs):
@@ -109,7 +108,7 @@ def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
             heads.append((before, self.pre.head.up.weight.clone()))
             return result
 
-    monkeypatch.setattr(recipe, "KeepsightTrainer", Watched)
+    monkeypatch.setattr(stages, "KeepsightTrainer", Watched)
     train(TrainConfig(**setting))
     assert not torch.equal(*heads[0])
     assert torch.equal(heads[0][1], heads[1][0])
@@ -117,7 +116,7 @@ def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
 
 def test_head_learning_rate_has_its_own_group(setting, monkeypatch) -> None:
     seen: list[list[tuple[int, float]]] = []
-    trainer = module.KeepsightTrainer
+    trainer = stages.KeepsightTrainer
 
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def create_optimizer(self, *args, **kwargs):
@@ -127,7 +126,7 @@ def test_head_learning_rate_has_its_own_group(setting, monkeypatch) -> None:
             seen.append([(len(g["params"]), g["lr"]) for g in groups])
             return optimizer
 
-    monkeypatch.setattr(recipe, "KeepsightTrainer", Watched)
+    monkeypatch.setattr(stages, "KeepsightTrainer", Watched)
     train(TrainConfig(**{**setting, "full": StageConfig(enabled=False)}, pre=PReConfig(head_lr=0.125)))
     assert seen == [[(4, 0.125)]]
 

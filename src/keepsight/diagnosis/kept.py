@@ -44,12 +44,14 @@ class Kept:
         self.taken = taken
         wanted = json.loads(json.dumps(manifest | taken))
         path = folder / MANIFEST
+        # Looked at before the manifest, which another process may be writing: what it adds comes after its manifest.
+        occupied = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
         if path.is_file():
             there = _read_manifest(path)
             self.taken = {name: bool(there.get(name)) for name in taken}
             wanted |= {name: True for name in taken if self.taken[name]}
             _compare(folder, there, wanted)
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif occupied:
             raise ValueError(f"'{folder}' is not empty and keeps no features of a diagnosis; choose another folder")
         else:
             make_folder(folder)
