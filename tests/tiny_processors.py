@@ -79,7 +79,7 @@ def make_tokenizer(
 
 def pictures_only(family: type) -> Any:
     """The processor class without its film part, which needs torchvision."""
-    kept = [name for name in family.get_attributes() if name != "video_processor"]  # type: ignore[attr-defined]
+    kept = [name for name in family.get_attributes() if name != "video_processor"]
     film = SimpleNamespace(num_frames=None, fps=None)
     return type(family.__name__, (family,), {"get_attributes": classmethod(lambda cls: kept), "video_processor": film})
 

@@ -73,9 +73,8 @@ def look(
         told(name, there)
         if there:
             run = RunDirectory.open(folder)
-            if different := run.differences(config or {}):
-                listed = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in list(different.items())[:5])
-                raise ValueError(f"'{folder}' was made with other settings ({listed}); choose another --out")
+            if changes := run.changes(config or {}):
+                raise ValueError(f"'{folder}' was made with other settings ({changes}); choose another --out")
         else:
             model, processor = load()
             options: dict[str, Any] = {"metrics": ("probes", "fidelity"), "progress": False, **(settings or {})}

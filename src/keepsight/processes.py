@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -93,7 +93,7 @@ class Team:
         for number, text in enumerate(said):
             if text:
                 raise RuntimeError(f"process {number} of {self.size} stopped: {text}")
-        return result  # type: ignore[return-value]
+        return cast(Result, result)
 
 
 def team(several: bool = True) -> Team:

@@ -6,6 +6,7 @@ Only the leaves become arguments, each with its plain type: jsonargparse then ha
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -65,6 +66,47 @@ def read_yaml(cls: type[Config], file: Path) -> Config:
     parser.add_argument("--config", action="config")
     add_fields(parser, cls)
     return build(cls, parser.parse_args([f"--config={file}"]))
+
+
+def read_command(
+    cls: type[Config],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    usage: str,
+    description: str,
+    first: str,
+    lists: str = "",
+) -> Config:
+    """The settings of `keepsight COMMAND`, from its arguments.
+
+    Args:
+        first: the field that arguments before the first flag are of.
+        lists: the field that takes several values in a row, `--tasks a b`.
+    """
+    parser = ArgumentParser(prog=f"keepsight {command}", usage=f"keepsight {command} {usage}", description=description)
+    parser.add_argument("--config", action="config", help="A YAML file with these fields.")
+    add_fields(parser, cls)
+    given = list(arguments) or ["--help"]
+    if not given[0].startswith("-"):
+        given.insert(0, f"--{first}")
+    return build(cls, parser.parse_args(normalise(_listed(given, f"--{lists}"), cls)))
+
+
+def _listed(given: Sequence[str], flag: str) -> list[str]:
+    """`--tasks a b` → `--tasks ["a", "b"]`, which the parser knows."""
+    result: list[str] = []
+    position = 0
+    while position < len(given):
+        result.append(given[position])
+        position += 1
+        if result[-1] == flag:
+            values = []
+            while position < len(given) and not given[position].startswith("--"):
+                values.append(given[position])
+                position += 1
+            result += values if values and values[0].startswith("[") else [json.dumps(values)] * bool(values)
+    return result
 
 
 def field_texts(cls: type) -> dict[str, str]:

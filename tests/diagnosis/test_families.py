@@ -355,7 +355,7 @@ def test_tiles_and_thumbnail_do_not_depend_on_the_batch(batch_size: int) -> None
 def test_crops_that_are_pictures_of_their_own_are_named() -> None:
     processor = tiny_processors.make_gemma()
 
-    class PanAndScan(type(processor)):  # type: ignore[misc]
+    class PanAndScan(type(processor)):
         def __call__(self, **inputs: Any) -> Any:
             return super().__call__(**inputs, do_pan_and_scan=True, pan_and_scan_min_crop_size=8)
 

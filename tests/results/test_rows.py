@@ -43,7 +43,7 @@ def test_a_value_that_is_not_finite_becomes_none_with_a_note(value: float) -> No
 
 
 def test_array_scalars_become_plain_numbers(tmp_path: Path) -> None:
-    row = Measurement("gap", np.float32(0.5), layer=np.int64(2), n=torch.tensor(7), low=torch.tensor(0.25))  # type: ignore[arg-type]
+    row = Measurement("gap", np.float32(0.5), layer=np.int64(2), n=torch.tensor(7), low=torch.tensor(0.25))
     assert type(row.value) is float
     assert type(row.layer) is int
     assert type(row.n) is int

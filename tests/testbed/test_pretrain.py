@@ -127,7 +127,7 @@ def test_every_stage_runs_and_its_weights_load(tmp_path, monkeypatch, caplog):
 
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(ValueError, match="unknown language model 'gpt'; the testbed has llama, qwen2"):
-        models.new_language_model("gpt", 0)  # type: ignore[arg-type]
+        models.new_language_model("gpt", 0)
     with pytest.raises(SystemExit):
         pretrain.main(["decoder"])
     assert "unknown stages decoder; allowed are encoder, llama" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
     heads = []
     trainer = stages.KeepsightTrainer
 
-    class Watched(trainer):  # type: ignore[misc, valid-type]
+    class Watched(trainer):
         def train(self, *args, **kwargs):
             before = self.pre.head.up.weight.clone()
             result = super().train(*args, **kwargs)
@@ -118,7 +118,7 @@ def test_head_learning_rate_has_its_own_group(setting, monkeypatch) -> None:
     seen: list[list[tuple[int, float]]] = []
     trainer = stages.KeepsightTrainer
 
-    class Watched(trainer):  # type: ignore[misc, valid-type]
+    class Watched(trainer):
         def create_optimizer(self, *args, **kwargs):
             optimizer = super().create_optimizer(*args, **kwargs)
             head = {id(p) for p in self.pre.parameters()}

@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from keepsight.settings import add_fields, build, normalise
+from keepsight.settings import read_command
 
 _FREE = ("out", "sources", "device")  # what a point does not hang on
 
@@ -63,19 +61,15 @@ class AttributeConfig:
 
 def parse(arguments: Sequence[str]) -> AttributeConfig:
     """The command's settings."""
-    from keepsight.commands.console import listed
-
-    parser = ArgumentParser(
-        prog="keepsight attribute",
-        usage="keepsight attribute RUN [RUN …] --images DIR --tasks FILE --out DIR [options]",
+    return read_command(
+        AttributeConfig,
+        arguments,
+        command="attribute",
+        usage="RUN [RUN …] --images DIR --tasks FILE --out DIR [options]",
         description="Skill against what the layers still tell, over a training: one r a run, intervals over seeds.",
+        first="sources",
+        lists="sources",
     )
-    parser.add_argument("--config", action="config", help="A YAML file with these fields.")
-    add_fields(parser, AttributeConfig)
-    given = list(arguments) or ["--help"]
-    if not given[0].startswith("-"):
-        given.insert(0, "--sources")
-    return build(AttributeConfig, parser.parse_args(normalise(listed(given, "--sources"), AttributeConfig)))
 
 
 def main(arguments: Sequence[str]) -> None:

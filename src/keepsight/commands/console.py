@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +55,3 @@ def training_run(model: Path) -> dict[str, Any]:
     if model.name != "model" or run.kind != "training" or not (layer is None or type(layer) is int):
         return {}
     return {"label": run.label, "pre_layer": layer, "training_seed": run.info.get("seed")}
-
-
-def listed(given: Sequence[str], flag: str) -> list[str]:
-    """`--tasks a b` → `--tasks ["a", "b"]`, which the parser knows."""
-    result: list[str] = []
-    position = 0
-    while position < len(given):
-        result.append(given[position])
-        position += 1
-        if result[-1] == flag:
-            files = []
-            while position < len(given) and not given[position].startswith("--"):
-                files.append(given[position])
-                position += 1
-            result += files if files and files[0].startswith("[") else [json.dumps(files)] * bool(files)
-    return result

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from keepsight.settings import add_fields, build, normalise
+from keepsight.settings import read_command
 
 
 @dataclass(frozen=True)
@@ -93,17 +91,14 @@ class DiagnoseConfig:
 
 def parse(arguments: Sequence[str]) -> DiagnoseConfig:
     """The command's settings."""
-    parser = ArgumentParser(
-        prog="keepsight diagnose",
-        usage="keepsight diagnose MODEL --images DIR --out DIR [--masks DIR] [options]",
+    return read_command(
+        DiagnoseConfig,
+        arguments,
+        command="diagnose",
+        usage="MODEL --images DIR --out DIR [--masks DIR] [options]",
         description="Measure what is left of pictures at every layer of a model.",
+        first="model",
     )
-    parser.add_argument("--config", action="config", help="A YAML file with these fields.")
-    add_fields(parser, DiagnoseConfig)
-    given = list(arguments) or ["--help"]
-    if not given[0].startswith("-"):
-        given.insert(0, "--model")
-    return build(DiagnoseConfig, parser.parse_args(normalise(given, DiagnoseConfig)))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from keepsight.settings import add_fields, build, normalise
+from keepsight.settings import read_command
 
 _FREE = {"batch_size", "device", "out", "resume", "label"}  # may differ when an evaluation goes on
 
@@ -84,19 +82,15 @@ class EvaluateConfig:
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
     """The command's settings."""
-    from keepsight.commands.console import listed
-
-    parser = ArgumentParser(
-        prog="keepsight evaluate",
-        usage="keepsight evaluate MODEL --tasks FILE [FILE …] --out DIR [options]",
+    return read_command(
+        EvaluateConfig,
+        arguments,
+        command="evaluate",
+        usage="MODEL --tasks FILE [FILE …] --out DIR [options]",
         description="Ask a model questions about pictures, and score its answers.",
+        first="model",
+        lists="tasks",
     )
-    parser.add_argument("--config", action="config", help="A YAML file with these fields.")
-    add_fields(parser, EvaluateConfig)
-    given = list(arguments) or ["--help"]
-    if not given[0].startswith("-"):
-        given.insert(0, "--model")
-    return build(EvaluateConfig, parser.parse_args(normalise(listed(given, "--tasks"), EvaluateConfig)))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -194,12 +188,11 @@ def _open(config: EvaluateConfig) -> Any:
     label = config.label or Path(config.model).name
     if config.resume and (Path(config.out) / RUN_FILE).is_file():
         run = RunDirectory.open(config.out)
-        different = {name: both for name, both in run.differences(config).items() if name not in _FREE}
-        if run.kind != "evaluation" or different:
-            listed = "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(different.items())[:5])
+        changes = run.changes(config, _FREE)
+        if run.kind != "evaluation" or changes:
             raise ValueError(
                 f"'{config.out}' cannot be gone on with: it "
-                + (f"was started with other settings ({listed})" if different else f"is a {run.kind} run")
+                + (f"was started with other settings ({changes})" if changes else f"is a {run.kind} run")
                 + ". Use the command it was started with, or choose another folder."
             )
         return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,11 +107,3 @@ def correlation(before: Measurement, after: Measurement, first: PerImage | None,
 
 def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
-
-
-def pooled(values: Sequence[float | None]) -> Estimate:
-    """Mean over replicates (seeds) with its t-interval; no value unless every replicate has one."""
-    numbers = [value for value in values if value is not None]
-    if len(numbers) < len(values) or not numbers:
-        return Estimate(None, note=f"{len(values) - len(numbers)} of {len(values)} runs have no value")
-    return mean_interval(np.asarray(numbers))

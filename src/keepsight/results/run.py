@@ -11,7 +11,7 @@ report.html    written by keepsight.report
 import datetime
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -212,6 +212,11 @@ class RunDirectory:
         now = _flat(_plain(config))
         names = dict.fromkeys([*there, *now])
         return {name: (there.get(name), now.get(name)) for name in names if there.get(name) != now.get(name)}
+
+    def changes(self, config: Any, free: Collection[str] = ()) -> str:
+        """`differences` in words, the first five, without the names in `free`; "" where there are none."""
+        found = {name: both for name, both in self.differences(config).items() if name not in free}
+        return "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(found.items())[:5])
 
     def write_per_image(self, values: PerImage) -> None:
         """Write per_image.npy and per_image.json, in place of those that were there."""

@@ -2,13 +2,13 @@
 
 import dataclasses
 import difflib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from keepsight.processes import world_size
 from keepsight.training.config import StageConfig, TrainConfig
 
 # What the recipe's own fields decide, with the field to use instead.
@@ -59,7 +59,7 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
             process, or if transformers refuses a setting.
     """
     check_trainer_settings(config.trainer)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     micro = stage.micro_batch_size or max(1, stage.batch_size // processes)
     if stage.batch_size % (micro * processes):
         raise ValueError(

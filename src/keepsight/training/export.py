@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from keepsight.results import RunDirectory, fingerprint, staged_folder, write_file
+from keepsight.results import RunDirectory, staged_folder, write_file
 from keepsight.results.storage import storage_error
 from keepsight.settings import read_yaml
 from keepsight.training.arguments import STAGES
 from keepsight.training.card import model_card
 from keepsight.training.checkpoints import latest, load_weights, read_state
 from keepsight.training.config import TrainConfig
+from keepsight.training.history import ChangedModelError, starting_model
 from keepsight.training.lora import adapt, is_adapter, save_adapter
-from keepsight.training.recipe import build_model
 from keepsight.training.record import ADAPTER, MODEL, curves_of, read_curves
 
 Form = Literal["merged", "adapter"]
@@ -116,13 +116,10 @@ def _from_checkpoint(
             f"'{run.path}' holds no whole checkpoint: the run has not ended, and none was written before it stopped. "
             "Go on with `keepsight train … --resume`."
         )
-    model, processor = build_model(config.model, seed=config.seed)
-    before = run.info.get("model", {}).get("before")
-    if before not in (None, fingerprint(model)):
-        raise ExportError(
-            f"the model that '{run.info['model']['name']}' names is no longer the one that the run in '{run.path}' "
-            "started from (its weights differ), so the checkpoint does not fit it. Restore the model."
-        )
+    try:
+        model, processor = starting_model(run, config)
+    except ChangedModelError as cause:
+        raise ExportError(str(cause)) from cause
     adapted = None
     if any(config.uses_lora(config.stages()[name]) for name in kept):
         adapted = adapt(model, config.lora, quantise=False)

@@ -52,23 +52,38 @@ def moments(run: RunDirectory) -> list[Moment]:
     return [Moment("", 0, None), *found]
 
 
+class ChangedModelError(ValueError):
+    """The model that a run started from is no longer what it was."""
+
+
+def starting_model(run: RunDirectory, config: TrainConfig) -> tuple[Any, Any]:
+    """The model that a run started from, and its processor.
+
+    Raises:
+        ChangedModelError: its weights are others now, so that nothing the run kept fits it.
+    """
+    model, processor = build_model(config.model, seed=config.seed)
+    before = run.info.get("model", {}).get("before")
+    if before not in (None, fingerprint(model)):
+        raise ChangedModelError(
+            f"the model that '{run.info['model']['name']}' names is no longer the one that the run in '{run.path}' "
+            "started from (its weights differ), so the checkpoint does not fit it. Restore the model."
+        )
+    return model, processor
+
+
 def replay(run: RunDirectory, wanted: Callable[[Moment], bool]) -> Iterator[tuple[Moment, Any, Any]]:
     """The model (in place, so one at a time) and the processor at each wanted moment.
 
     Raises:
-        ValueError: see `moments`; or if the model that the run started from is no longer what it was.
+        ValueError: see `moments`.
+        ChangedModelError: see `starting_model`.
     """
     config = read_yaml(TrainConfig, run.path / "config.yaml")
     chosen = [moment for moment in moments(run) if wanted(moment)]
     if not chosen:
         return
-    model, processor = build_model(config.model, seed=config.seed)
-    before = run.info.get("model", {}).get("before")
-    if before not in (None, fingerprint(model)):
-        raise ValueError(
-            f"the model that '{run.info['model']['name']}' names is no longer the one that the run in '{run.path}' "
-            "started from (its weights differ). Restore it."
-        )
+    model, processor = starting_model(run, config)
     adapted = False
     for moment in chosen:
         if moment.folder is not None:

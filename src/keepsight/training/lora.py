@@ -97,11 +97,12 @@ def adapt(model: nn.Module, lora: LoraConfig, *, quantise: bool = True) -> Any:
         _quantise(model, targets(model, replace(lora, target_modules=None)))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert lora.rank is not None
+    alpha: Any = lora.numerator  # PEFT divides it by the rank, and declares an int
     wrapped = peft.get_peft_model(
         model,
         peft.LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.numerator,  # type: ignore[arg-type]
+            lora_alpha=alpha,
             lora_dropout=lora.dropout,
             target_modules=list(chosen),
             task_type="CAUSAL_LM",

@@ -1,6 +1,5 @@
 """The two-stage recipe: load, freeze, attach, train, detach, save. HF `Trainer` does the training."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
 
 from keepsight.pre import attach
+from keepsight.processes import rank
 from keepsight.results import RUN_FILE, RunDirectory, fingerprint
 from keepsight.training import record
 from keepsight.training.arguments import training_arguments
@@ -57,13 +57,9 @@ def train(
     """
     check_available(config.lora)
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = rank() == 0
     resuming = resume and (Path(config.out) / RUN_FILE).is_file()
-    if (
-        resuming
-        and (there := RunDirectory.open(config.out)).info.get("finished")
-        and not record.differences(there, config)
-    ):
+    if resuming and (there := RunDirectory.open(config.out)).info.get("finished") and not record.changes(there, config):
         return there  # in every process
     run = (record.reopen(config) if resuming else record.start(config)) if main else None
     try:

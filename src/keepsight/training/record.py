@@ -44,12 +44,10 @@ def reopen(config: TrainConfig) -> RunDirectory:
         ValueError: if it was started with another configuration.
     """
     run = RunDirectory.open(config.out)
-    different = differences(run, config)
-    if different:
-        listed = "; ".join(f"{name}: {was!r}, now {now!r}" for name, (was, now) in list(different.items())[:5])
+    if changed := changes(run, config):
         raise ValueError(
-            f"'{config.out}' was started with another configuration ({listed}). Go on with the recipe and flags it was "
-            "started with (its config.yaml), or train into another folder."
+            f"'{config.out}' was started with another configuration ({changed}). Go on with the recipe and flags it "
+            "was started with (its config.yaml), or train into another folder."
         )
     for name in config.stages():
         remove_halves(run.path / STAGES / name)
@@ -57,9 +55,9 @@ def reopen(config: TrainConfig) -> RunDirectory:
     return run
 
 
-def differences(run: RunDirectory, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Where the configuration is not the run's, as far as it changes what is learned: name → (there, now)."""
-    return {name: both for name, both in run.differences(config).items() if name not in _FREE}
+def changes(run: RunDirectory, config: TrainConfig) -> str:
+    """What `config` has other than the run was started with, in words, where it matters; "" for nothing."""
+    return run.changes(config, _FREE)
 
 
 def curves_of(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
