@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import write_difference
 from keepsight.results import Measurement, intervals
+from keepsight.results.changes import answer_difference
 from keepsight.results.intervals import Estimate
 
 Rows = tuple[Measurement | None, Measurement | None]
@@ -43,7 +44,12 @@ class Finding:
 
 
 def difference(base: Run, before: Measurement, other: Run, after: Measurement) -> Estimate:
-    """after − before with its 95 % interval, in pairs where both runs kept what each picture adds."""
+    """after − before with its 95 % interval: for answers to the same questions a bootstrap over pictures, else from the
+    two intervals, in pairs where both runs kept what each picture adds."""
+    if before.metric == "answer_accuracy":
+        found = answer_difference(base.loaded.answers, other.loaded.answers, before.target)
+        if found is not None:
+            return found
     kept = base.loaded.per_image, other.loaded.per_image
     return intervals.difference(before, after, intervals.correlation(before, after, *kept))
 

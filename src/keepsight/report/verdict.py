@@ -68,16 +68,15 @@ def _one(run: Run) -> str:
 
 def _two(base: Run, other: Run) -> str:
     found = between(base, other)
-    layer = f"the middle layer ({other.middle} of {other.depth})"
+    inside = not found or any(finding.metric != "answer_accuracy" for finding in found)
+    layer = f" at the middle layer ({other.middle} of {other.depth})" if inside else ""  # answers have no layer
     if not found:
-        return (
-            f"Nothing can be said of {other.label} against {base.label} at {layer}: they share no probe, gap or "
-            "answer rows"
-        )
+        shared = "they share no probe, gap or answer rows"
+        return f"Nothing can be said of {other.label} against {base.label}{layer}: {shared}"
     told = [finding for finding in found if finding.told]
     if not told:
         return (
-            f"No difference can be told between {other.label} and {base.label} at {layer}: every 95 % interval "
+            f"No difference can be told between {other.label} and {base.label}{layer}: every 95 % interval "
             f"contains zero ({_listed(found)})"
         )
     probes = [finding for finding in told if finding.metric == "probe_accuracy"]
@@ -93,7 +92,8 @@ def _two(base: Run, other: Run) -> str:
         elif finding.metric == "answer_accuracy":
             parts.append(f"answers are {'better' if up else 'worse'}, {_number(finding)}")
     parts += _undecided(found, "no difference")
-    return f"At {layer}, {other.label} against {base.label}: " + "; ".join(parts)
+    start = f"A{layer[2:]}, {other.label}" if layer else other.label
+    return f"{start} against {base.label}: " + "; ".join(parts)
 
 
 def _grouped(found: Sequence[Finding]) -> str:
