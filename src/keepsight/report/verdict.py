@@ -68,8 +68,8 @@ def _one(run: Run) -> str:
 
 def _two(base: Run, other: Run) -> str:
     found = between(base, other)
-    inside = not found or any(finding.metric != "answer_accuracy" for finding in found)
-    layer = f" at the middle layer ({other.middle} of {other.depth})" if inside else ""  # answers have no layer
+    # Runs that hold nothing but answers have no layers.
+    layer = f" at the middle layer ({other.middle} of {other.depth})" if other.depth else ""
     if not found:
         shared = "they share no probe, gap or answer rows"
         return f"Nothing can be said of {other.label} against {base.label}{layer}: {shared}"

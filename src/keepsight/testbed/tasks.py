@@ -42,10 +42,11 @@ def presence_questions(scenes: Sequence[Scene]) -> list[Question]:
         asked = [things[i] for i in sorted(rng.permutation(len(things))[:MOST])]
         absent = sorted(set(THINGS) - set(things))
         drawn = [absent[i] for i in rng.permutation(len(absent))]
+        shared = {thing: sum(together[thing, own] for own in things) for thing in absent}
         absent_by = {
             "random": drawn,
             "popular": sorted(absent, key=lambda thing: -frequent[thing]),
-            "adversarial": sorted(absent, key=lambda thing, here=things: -sum(together[thing, own] for own in here)),
+            "adversarial": sorted(absent, key=shared.__getitem__, reverse=True),
         }
         image, name = Image.fromarray(pixels), name_of(scene)
         for setting in SETTINGS:
