@@ -84,10 +84,13 @@ def memory_of_process(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def verdict(name: str, ratio: Ratio, *, at_least: float | None = None, at_most: float | None = None) -> bool:
-    """Print the ratio beside its bound; whether the bound holds."""
+def verdict(
+    name: str, ratio: Ratio, *, at_least: float | None = None, at_most: float | None = None, lower_end: bool = False
+) -> bool:
+    """Print the ratio beside its bound; whether the bound holds, with `lower_end` for the interval's lower end too."""
     if at_least is not None:
-        holds, bound = ratio.value >= at_least, f"at least {at_least}x"
+        holds = (ratio.low if lower_end else ratio.value) >= at_least
+        bound = f"{'the lower end ' if lower_end else ''}at least {at_least}x"
     else:
         assert at_most is not None
         holds, bound = ratio.value <= at_most, f"at most {at_most}x"

@@ -64,7 +64,9 @@ def answer_difference(
     before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], target: str = ""
 ) -> Estimate | None:
     """The paired difference of the mean scores of one target; None unless both answered exactly the same questions."""
-    found = next((change for change in changes(before, after) if change.target == target), None)
+    # A task that stands alone may be named in the rows, or not.
+    names = ((change, (change.target, target_of(change.task, change.type, 2))) for change in changes(before, after))
+    found = next((change for change, both in names if target in both), None)
     return found.difference if found and not found.elsewhere else None
 
 
