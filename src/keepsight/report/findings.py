@@ -48,7 +48,7 @@ def difference(base: Run, before: Measurement, other: Run, after: Measurement) -
     two intervals, in pairs where both runs kept what each picture adds."""
     if before.metric == "answer_accuracy":
         found = answer_difference(base.loaded.answers, other.loaded.answers, before.target)
-        if found is not None:
+        if found is not None and found.low is not None:
             return found
     kept = base.loaded.per_image, other.loaded.per_image
     return intervals.difference(before, after, intervals.correlation(before, after, *kept))
