@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from keepsight.report.curves import Run, open_runs
-from keepsight.report.findings import Finding, between, within
-from keepsight.report.metrics import ASKED, NEVER_ASKED, write_number
+from keepsight.report.curves import Run, Series, open_runs
+from keepsight.report.findings import Finding, between, tasks_of, within
+from keepsight.report.metrics import ASKED, NEVER_ASKED, write_interval, write_number, write_sample
 from keepsight.results import LoadedRun, RunDirectory
 
 ILLUSTRATION = "one seed: an illustration"
@@ -45,6 +45,8 @@ def _one(run: Run) -> str:
     found = within(run)
     valued = [finding for finding in found if finding.value is not None]
     place = f"by the middle layer ({run.middle} of {run.depth}) of {run.label}"
+    if not found and not run.depth and (texts := _answered(run)):
+        return f"{run.label} answers right: {', '.join(texts)}"
     if not valued:
         reason = found[0].text if found else "its rows hold neither a probe drop nor a patch gap"
         return f"Nothing can be said {place}: {reason}"
@@ -64,6 +66,18 @@ def _one(run: Run) -> str:
         verb = "narrows" if (gap.value or 0) < 0 else "widens"
         parts.append(f"the {gap.label} between patches {verb} from {ends[0]} to {ends[1]}, {_number(gap)}")
     return f"B{place[1:]}, " + "; ".join(parts + _undecided(valued, "no change"))
+
+
+def _answered(run: Run) -> list[str]:
+    """ "45.1 % [30.6, 59.6] of pope (n = 51 questions)" for each task of a run that holds nothing but answers."""
+    found = [(target, run.at(Series("answer_accuracy", target), None)) for target in tasks_of(run)]
+    return [
+        f"{write_number(row.metric, row.value)} {write_interval(row.metric, row.low, row.high)}".rstrip()
+        + (f" of {target}" if target else "")
+        + f" ({write_sample(row)})"
+        for target, row in found
+        if row
+    ]
 
 
 def _two(base: Run, other: Run) -> str:
@@ -90,7 +104,7 @@ def _two(base: Run, other: Run) -> str:
         if finding.metric == "gap":
             parts.append(f"the {finding.label} between patches is {'wider' if up else 'narrower'}, {_number(finding)}")
         elif finding.metric == "answer_accuracy":
-            parts.append(f"answers are {'better' if up else 'worse'}, {_number(finding)}")
+            parts.append(f"{finding.label} are {'better' if up else 'worse'}, {_number(finding)}")
     parts += _undecided(found, "no difference")
     start = f"A{layer[2:]}, {other.label}" if layer else other.label
     return f"{start} against {base.label}: " + "; ".join(parts)
