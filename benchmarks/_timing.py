@@ -39,17 +39,19 @@ class Ratio:
         return Ratio(self.value + share, self.low + share, self.high + share, self.pairs)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of this process; where a GPU does the work, seconds on the clock until it is done."""
+def now() -> float:
+    """CPU seconds of this process; where a GPU does the work, seconds on the clock with its work done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes, by `now`."""
+    start = now()
     work()
-    return time.process_time() - start
+    return now() - start
 
 
 def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
