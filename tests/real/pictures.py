@@ -135,25 +135,17 @@ def caption(scene: Scene) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """(kind, question, answer): five turns in random order; yes and no are equally frequent."""
-    asked = scene.things[int(rng.integers(len(scene.things)))]
-    placed = scene.things[int(rng.integers(len(scene.things)))]
-    present = {thing.category for thing in scene.things}
-    absent = sorted(set(CATEGORIES) - present)
+    """(kind, question, answer): eight turns in random order; yes and no are equally frequent."""
     filled = {thing.place: thing.category for thing in scene.things}
-    anywhere = int(rng.integers(4))
-    yes = bool(rng.integers(2))
-    looked_for = str(rng.choice(sorted(present) if yes else absent))
-    article = "an" if looked_for[0] in "aeiou" else "a"
-    turns = [
-        ("what", f"What is at the {PLACES[asked.place]}?", asked.category),
-        ("where", f"Where is the {placed.category}?", PLACES[placed.place]),
-        ("count", "How many objects are there?", NUMBERS[len(scene.things)]),
-        ("presence", f"Is there {article} {looked_for}?", "yes" if yes else "no"),
-        ("what", f"What is at the {PLACES[anywhere]}?", filled.get(anywhere, "nothing")),
-    ]
-    if PLACES[anywhere] == PLACES[asked.place]:  # do not ask the same twice
-        turns.pop()
+    turns = [("what", f"What is at the {name}?", filled.get(place, "nothing")) for place, name in enumerate(PLACES)]
+    placed = scene.things[int(rng.integers(len(scene.things)))]
+    turns.append(("where", f"Where is the {placed.category}?", PLACES[placed.place]))
+    turns.append(("count", "How many objects are there?", NUMBERS[len(scene.things)]))
+    present = {thing.category for thing in scene.things}
+    for answer, categories in (("yes", present), ("no", set(CATEGORIES) - present)):
+        category = str(rng.choice(sorted(categories)))
+        article = "an" if category[0] in "aeiou" else "a"
+        turns.append(("presence", f"Is there {article} {category}?", answer))
     return [turns[i] for i in rng.permutation(len(turns))]
 
 
