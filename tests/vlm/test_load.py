@@ -91,8 +91,9 @@ def without_torchvision() -> None:
 @pytest.mark.usefixtures("without_torchvision")
 @pytest.mark.parametrize("make", [make_qwen, make_internvl, make_smolvlm])
 def test_families_that_take_films_too_load_for_pictures(make: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", object())
     made = make()
+    if make is make_smolvlm:  # what spells out numbers of film frames, and must be there
+        monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", object())
     save_with_film(made, tmp_path, {"video_processor_type": type(made).__name__.replace("Processor", "VideoProcessor")})
     loaded, picture = load_processor(tmp_path), Image.new("RGB", (32, 16))
     prompt = made.apply_chat_template(turns([None, "what ?"]), add_generation_prompt=True)
@@ -106,6 +107,20 @@ def test_what_else_a_family_needs_is_named(tmp_path: Path, monkeypatch: Any) -> 
     save_with_film(make_smolvlm(), tmp_path, {"video_processor_type": "SmolVLMVideoProcessor"})
     monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
     with pytest.raises(LoadError, match=r"its processor cannot be loaded \(Package `num2words` is required"):
+        load_processor(tmp_path)
+
+
+def test_the_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    """As transformers wraps the reason."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise ModuleNotFoundError("No module named 'torchvision'")
+        except ModuleNotFoundError as cause:
+            raise ModuleNotFoundError("Could not import module 'SmolVLMProcessor'.") from cause
+
+    monkeypatch.setattr("keepsight.vlm.load.AutoProcessor.from_pretrained", fails)
+    with pytest.raises(LoadError, match=r"its processor cannot be loaded \(No module named 'torchvision'\)"):
         load_processor(tmp_path)
 
 
