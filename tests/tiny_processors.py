@@ -9,28 +9,26 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
     Gemma3Processor,
+    GotOcr2ImageProcessorPil,
+    Idefics2ImageProcessorPil,
     Idefics2Processor,
     InternVLProcessor,
+    LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
-)
-
-from tests.pil import (
-    CLIPImageProcessorPil,
-    Gemma3ImageProcessorPil,
-    GotOcr2ImageProcessorPil,
-    Idefics2ImageProcessorPil,
-    LlavaNextImageProcessorPil,
     Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
 )
+
 from tests.tiny import CLOSE, IMAGE, OPEN, TEXT, llava
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "\n", "\n\n", "\n\n\n", "USER:", "ASSISTANT:", "what", "color", "shape"]
@@ -153,12 +151,8 @@ def make_internvl(max_patches: int = 4) -> InternVLProcessor:
     )
 
 
-def make_smolvlm() -> Any:
+def make_smolvlm() -> SmolVLMProcessor:
     """Tiles of four tokens, each named in the text, and the whole; pictures up to 32 × 32 pixels."""
-    try:
-        from transformers import SmolVLMProcessor
-    except ImportError as error:  # transformers 5.0
-        pytest.skip(f"this release of transformers has SmolVLM's processor with torchvision only ({error.__cause__})")
     tiles = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}, "do_image_splitting": True}
     # num2words spells out numbers of film frames; the processor does not start without it.
     with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words", object()):

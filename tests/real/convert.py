@@ -15,9 +15,14 @@ import onnx
 import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, GenerationConfig
-
-from tests.pil import BitImageProcessorPil
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    GenerationConfig,
+)
 
 POSITION_OF_CLS, POSITION_OF_PATCHES = "onnx::Concat_1957", "onnx::Reshape_1962"
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

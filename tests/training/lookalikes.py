@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -19,11 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-
-from tests.pil import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip2-so400m-patch14-384"
 VICUNA, QWEN = "lmsys/vicuna-7b-v1.5", "Qwen/Qwen2.5-7B-Instruct"

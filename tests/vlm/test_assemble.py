@@ -10,7 +10,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitImageProcessorPil,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -27,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -34,7 +37,6 @@ from transformers import (
 from keepsight.vlm.assemble import assemble
 from keepsight.vlm.chat import image_chat_template
 from keepsight.vlm.projector import noise_pictures
-from tests.pil import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 SIDE, PATCH = 28, 7
 PATCHES = (SIDE // PATCH) ** 2

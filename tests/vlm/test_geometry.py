@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from keepsight.vlm import ImageTokens, Vlm, capture
-from keepsight.vlm.geometry import patch_coverage
-from tests.families import PINPOINTS, llava_next, llava_onevision
-from tests.pil import (
+from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     GotOcr2ImageProcessorPil,
@@ -22,6 +18,10 @@ from tests.pil import (
     SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
 )
+
+from keepsight.vlm import ImageTokens, Vlm, capture
+from keepsight.vlm.geometry import patch_coverage
+from tests.families import PINPOINTS, llava_next, llava_onevision
 from tests.tiny import CLOSE, FAMILIES, IMAGE, OPEN
 
 FIXED = {"height": 16, "width": 16}
