@@ -546,7 +546,7 @@ FAMILIES = {
         "florence2", florence2, refused="its visual tokens go to the BART encoder, not to the decoder"
     ),
 }
-# Families that came after transformers 5.0.
+# Families that came after the oldest release that is supported.
 UNKNOWN = [name for name, family in FAMILIES.items() if family.model_type not in transformers.CONFIG_MAPPING]
 WORKING = [name for name, family in FAMILIES.items() if not family.refused and name not in UNKNOWN]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused]

@@ -23,6 +23,11 @@ Written by `python -m tests.pre.test_support --write` from tiny random models of
 they say. Each trains two steps under `attach` and one under DDP; the loss equals the formula recomputed from
 transformers' own hidden states (`tests/pre/test_support.py`). Architectures are tested, not published checkpoints.
 
+transformers 5.6 is the oldest release that is supported (`make test-oldest`). Of those before, 5.0 and 5.4 were
+tried: their encoders of CLIP (5.0) and SigLIP (both), taken by themselves, give no hidden states, so that no model
+can be put together from them, and processors that also take films do not load without torchvision. Families that a
+release does not know yet, such as Kimi K2.5, need a newer one.
+
 - **PRe**: what a prediction is made for, with the anchor `pre_llm`.
 - **Other anchors**: with which a training step runs as well. `external` needs what masks need.
 - **Masks**: whether it is known which part of the picture each visual token stands for; tested by planting an odd patch

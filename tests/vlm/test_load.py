@@ -109,6 +109,20 @@ def test_what_else_a_family_needs_is_named(tmp_path: Path, monkeypatch: Any) -> 
         load_processor(tmp_path)
 
 
+def test_the_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    """As transformers wraps the reason."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise ModuleNotFoundError("No module named 'torchvision'")
+        except ModuleNotFoundError as cause:
+            raise ModuleNotFoundError("Could not import module 'SmolVLMProcessor'.") from cause
+
+    monkeypatch.setattr("keepsight.vlm.load.AutoProcessor.from_pretrained", fails)
+    with pytest.raises(LoadError, match=r"its processor cannot be loaded \(No module named 'torchvision'\)"):
+        load_processor(tmp_path)
+
+
 @pytest.mark.usefixtures("without_torchvision")
 def test_qwen_without_torchvision_takes_pictures_and_keeps_the_film_settings(tmp_path: Path) -> None:
     save_with_film(make_qwen(), tmp_path)

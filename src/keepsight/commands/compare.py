@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MET_STATUS = 1  # exit status where a condition is met
+FAIL_IF = f"exit with status {MET_STATUS} where the condition (below) is met; may be given repeatedly"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -18,13 +19,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "with. Of runs that answered the same questions the report shows those that only one gets right.",
         epilog="Runs with the same label are seeds of one arm: they are averaged, and intervals are over seeds. "
         "Conditions: METRIC OPERATOR NUMBER, such as 'probe_drop > 0.1', 'probe_drop[texture] > 0.1', "
-        "'gap@16 < 0.05' or, for the difference from the first run, 'delta gap < -0.02'; met where the whole 95 %% "
+        "'gap@16 < 0.05' or, for the difference from the first run, 'delta gap < -0.02'; met where the whole 95 % "
         f"interval is. Exit status {MET_STATUS} if one is met.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that diagnose or evaluate wrote")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that keepsight diagnose or evaluate wrote")
     parser.add_argument("--out", metavar="FILE", help="write one report, an .html file")
     parser.add_argument("--rows", metavar="FILE", help="write every difference, with all intervals, one JSON a line")
-    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help="may be given repeatedly")
+    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=FAIL_IF)
     return parser.parse_args(list(arguments) or ["--help"])
 
 

@@ -35,7 +35,8 @@ class ExternalEncoder:
     """
 
     def __init__(self, name: str, layer: int = -1) -> None:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         with torch.random.fork_rng(devices=[]):  # what a checkpoint lacks is drawn, and training must not notice
             model, report = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out
@@ -29,11 +30,13 @@ class Capture:
         self._sink = sink
         self._index: Tensor | None = None  # flat positions; None = disarmed
         self._taken: set[int] = set()
+        self._later = False
 
     def _arm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._index = self.vlm.visual_index(self.vlm.bind(args, kwargs))
         self.states = {}
         self._taken = set()
+        self._later = self._sink is None and torch.is_grad_enabled()
 
     def _check(self, *_: Any) -> None:
         missing = sorted(set(self.layers) - self._taken)
@@ -42,6 +45,8 @@ class Capture:
                 f"the hooks on layers {missing} were not called: if the model is compiled, capture around its first "
                 "call, or call torch._dynamo.reset() inside the `with` block."
             )
+        if self._later:
+            self.states = {layer: self._gathered(hidden) for layer, hidden in self.states.items()}
 
     def _disarm(self, *_: Any) -> None:
         # Layers recomputed by gradient checkpointing during the backward must not be captured a second time.
@@ -51,11 +56,17 @@ class Capture:
         if self._index is None:
             return
         self._taken.add(layer)
-        tokens = hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))  # [T, d]
-        if self._sink is None:
-            self.states[layer] = tokens
+        if self._sink is not None:
+            self._sink(layer, self._gathered(hidden))
+        elif self._later:
+            # Gathered after the forward: hooks may run inside a checkpointed region, whose replay must save as much.
+            self.states[layer] = hidden
         else:
-            self._sink(layer, tokens)
+            self.states[layer] = self._gathered(hidden)
+
+    def _gathered(self, hidden: Tensor) -> Tensor:
+        assert self._index is not None
+        return hidden.flatten(0, 1).index_select(0, self._index.to(hidden.device))  # [T, d]
 
     def _input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._take(0, hidden_states_in(args, kwargs))

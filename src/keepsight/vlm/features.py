@@ -86,7 +86,11 @@ def image_features(vlm: Vlm, batch: dict[str, Any]) -> Tensor:
     """
     core: Any = vlm.core
     accepted = inspect.signature(core.get_image_features).parameters
-    known = {name: batch[name] for name in accepted if batch.get(name) is not None and name != "kwargs"}
+    names = {*accepted, "image_sizes"} if "kwargs" in accepted else set(accepted)  # older releases take sizes as such
+    known = {name: batch[name] for name in names if batch.get(name) is not None and name != "kwargs"}
+    for name, parameter in accepted.items():
+        if name == "vision_feature_select_strategy" and parameter.default is parameter.empty:  # Llama 4, of old
+            known[name] = getattr(vlm.config.vision_config, name, "default")
     output = core.get_image_features(**known)
     features = getattr(output, "pooler_output", output)
     if features is None:  # Llama 4 projects only after this

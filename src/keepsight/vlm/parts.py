@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older releases: elsewhere torchvision
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 
