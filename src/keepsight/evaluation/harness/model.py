@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from loguru import logger
 
@@ -122,11 +123,11 @@ class Simple(lmms):
                     said[position] = _before(text, stops)
         return said
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each continuation, the mean cross-entropy a token and whether greedy decoding would say it.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Of each continuation (mean cross-entropy a token, whether greedy decoding would say it).
 
         A loss, the lower the better, and not what the method's name says: lmms-eval takes the choice whose number is
-        lowest (`argmin` in its `process_results`).
+        lowest (`argmin` in its `process_results`). In a `GenerationResult`, because 0.7.3 makes a string of a bare pair.
         """
         found: list[tuple[float, bool]] = []
         with self._inference():
@@ -138,10 +139,11 @@ class Simple(lmms):
                 context, _, to_visual, number, task, split = same[0].args
                 doc = self.task_dict[task][split][number]
                 texts = [said if isinstance(said := request.args[1], str) else said(doc) for request in same]
-                question = _simple(context, to_visual(doc) if to_visual is not None else [], task)
+                question = _simple(context, _shown(to_visual, doc), task)
                 for start in range(0, len(texts), self.batch_size):
                     found += answerer.losses(question, texts[start : start + self.batch_size])
-        return found
+        kept: Any = found
+        return [GenerationResult(pair) for pair in kept]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not answered.
@@ -192,8 +194,7 @@ class Simple(lmms):
     def _question(self, request: Any) -> Question:
         doc = self.task_dict[request.args[4]][request.args[5]][request.args[3]]
         to_visual, _ = self._parts(request)
-        visuals = to_visual(doc) if to_visual is not None else []
-        return _simple(str(request.args[0]), visuals or [], request.args[4])
+        return _simple(str(request.args[0]), _shown(to_visual, doc), request.args[4])
 
 
 class Chat(Simple):
@@ -224,6 +225,10 @@ class Chat(Simple):
 
 def _name(request: Any) -> str:
     return f"{request.args[-2]}-{request.args[-3]}"
+
+
+def _shown(to_visual: Any, doc: Any) -> Sequence[Any]:
+    return (to_visual(doc) if to_visual is not None else None) or ()
 
 
 def _simple(text: str, visuals: Sequence[Any], task: str) -> Question:

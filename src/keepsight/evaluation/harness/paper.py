@@ -16,6 +16,7 @@ from keepsight.pre.config import PReConfig
 from keepsight.results import Measurement
 
 WEIGHT = 0.5  # the paper's λ
+PART = "the first "  # begins the note on a benchmark of which only a part was asked
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _fits(value: Any, wanted: Any) -> bool:
 def compare(rows: Sequence[Measurement], configuration: Configuration | None) -> list[Line]:
     """The benchmarks that were run, beside the paper's figures.
 
-    A number on other labels than the paper's (MMVP) stands beside no figure of the paper: it has a line of its own.
+    A number on other labels than the paper's (MMVP) stands beside no figure of the paper: it has a line of its own. Nor
+    does one of a part of the questions.
     """
     lines = []
     for one in benchmarks():
@@ -146,5 +148,6 @@ def compare(rows: Sequence[Measurement], configuration: Configuration | None) ->
             continue
         here = [None if number is None else number * one.scale for number in (row.value, row.low, row.high)]
         title = f"{one.name} ({name})" if marked else one.name
-        lines.append(Line(title, *here, None if marked else quoted, row.note))
+        whole = PART not in row.note
+        lines.append(Line(title, *here, quoted if whole and not marked else None, row.note))
     return lines

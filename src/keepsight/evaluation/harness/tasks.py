@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from keepsight.evaluation.harness.paper import benchmark
+from keepsight.evaluation.harness.paper import PART, benchmark
 from keepsight.evaluation.questions import Question
 from keepsight.evaluation.run import Evaluation
 from keepsight.evaluation.scoring import Record, rows_of
@@ -207,7 +207,7 @@ def _read(task: Any, found: Mapping[str, Any], limit: int | None) -> TaskResult:
         )
     notes = [known.note] if known and known.note else []
     if limit is not None:
-        notes.append(f"the first {len(answered)} of {len(docs)} questions")
+        notes.append(f"{PART}{len(answered)} of {len(docs)} questions")
     recorded = (known.recorded_as if known else "") or name
     return TaskResult(recorded, name, answered, numbers, notes, str(found.get("lmms_eval_version", "")))
 
