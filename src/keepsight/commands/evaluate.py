@@ -143,8 +143,8 @@ def main(arguments: Sequence[str]) -> int:
         given, unreached = harness.run_tasks(names, manager, model, processor, config, pruning, say)
         found |= harness.as_evaluations(given)
     if run is not None:
-        _finish(run, config, found, fingerprint(model), unreached, several=bool(names) or len(found) > 1)
-        _tell(run, found, unreached, names)
+        _finish(run, config, found, fingerprint(model), unreached, names)
+        _tell(run, found, unreached)
     return 1 if unreached else 0
 
 
@@ -154,15 +154,17 @@ def _finish(
     found: Mapping[str, Any],
     weights: str,
     unreached: Mapping[str, str],
-    several: bool,
+    names: Sequence[str],
 ) -> None:
-    """Rows, what each picture adds, and counts; with `several` tasks, a row's target begins with the task."""
+    """Rows, what each picture adds, and counts; with several tasks, or one of lmms-eval's, a row's target begins with
+    the task."""
     from keepsight.commands.console import training_run
+    from keepsight.commands.harness import paper_facts
     from keepsight.results import merged
     from keepsight.vlm.load import model_folder
 
     def target(task: str, kind: str) -> str:
-        return kind if not several else f"{task}, {kind}" if kind else task
+        return kind if len(found) == 1 and not names else f"{task}, {kind}" if kind else task
 
     counts: Counter[str] = Counter()
     rows, parts = [], []
@@ -179,20 +181,20 @@ def _finish(
         model={"name": config.model, "fingerprint": weights},
         counts=dict(counts),
         unreached=dict(unreached),
+        paper=paper_facts(rows, config.model, names),
         finished=not unreached,
         **seed,
     )
 
 
-def _tell(run: Any, found: Mapping[str, Any], unreached: Mapping[str, str], names: Sequence[str]) -> None:
+def _tell(run: Any, found: Mapping[str, Any], unreached: Mapping[str, str]) -> None:
     from keepsight.commands.console import console
     from keepsight.commands.harness import paper_table
-    from keepsight.evaluation.harness.paper import benchmark, configuration_of
     from keepsight.report import table
 
     console.print(table([run]))
-    if any(benchmark(name) for name in names):
-        console.print(paper_table(run.read_rows(), configuration_of(run.info["model"]["name"])))
+    if run.info.get("paper"):
+        console.print(paper_table(run.info["paper"]))
     for name, count in run.info["counts"].items():
         console.print(f"{name}: {count}", markup=False)
     for name, evaluation in found.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def run_tasks(
         for result in results:
             if lm.refused:
                 first = next(iter(lm.refused.values()))
-                result.notes.append(f"{len(lm.refused)} questions could not be asked and count as wrong, such as: {first}")
+                result.notes.append(
+                    f"{len(lm.refused)} questions could not be asked and count as wrong, such as: {first}"
+                )
             found[name if len(results) == 1 else result.task] = result
         for result in results if len(results) == 1 else []:  # a group's parts are not one file
             result.save(file)
@@ -110,22 +113,34 @@ def as_evaluations(found: Mapping[str, Any]) -> dict[str, Any]:
     return {result.name: result.evaluation for result in found.values()}
 
 
-def paper_table(rows: Sequence[Any], configuration: Any) -> Any:
-    """The run's benchmarks beside the paper's figures, for the terminal."""
+def paper_facts(rows: Sequence[Any], model: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """For run.json: the benchmarks among the tasks beside the paper's figures, if the model is one of its
+    configurations; None where no benchmark was asked for."""
+    from keepsight.evaluation.harness.paper import about, benchmark, compare, configuration_of
+
+    if not any(benchmark(name) for name in names):
+        return None
+    configuration = configuration_of(model)
+    return {
+        "configuration": None if configuration is None else configuration.name,
+        "lines": [asdict(line) for line in compare(rows, configuration)],
+        "about": [] if configuration is None else about(),
+    }
+
+
+def paper_table(facts: Mapping[str, Any]) -> Any:
+    """The same for the terminal."""
     from rich.table import Table
 
-    from keepsight.evaluation.harness.paper import about, compare
+    from keepsight.report.benchmarks import paper_lines
 
-    title = "The paper's benchmarks" + (f"; its figures: {configuration.name}" if configuration else "")
-    table = Table(title=title, caption="\n".join(about()) if configuration else None, caption_justify="left")
-    for heading in ("benchmark", "here [95 %]", *(["paper"] if configuration else []), "note"):
+    known = facts["configuration"]
+    title = "The paper's benchmarks" + (f"; its figures: {known}" if known else "")
+    table = Table(title=title, caption="\n".join(facts["about"]) or None, caption_justify="left")
+    for heading in ("benchmark", "here [95 %]", *(["paper"] if known else []), "note"):
         table.add_column(heading, overflow="fold")
-    for line in compare(rows, configuration):
-        here = "" if line.here is None else f"{line.here:.1f}"
-        if line.low is not None and line.high is not None:
-            here += f" [{line.low:.1f}, {line.high:.1f}]"
-        quoted = "" if line.paper is None else f"{line.paper:g}"
-        table.add_row(line.benchmark, here, *([quoted] if configuration else []), line.note)
+    for name, here, interval, quoted, note in paper_lines(facts):
+        table.add_row(name, f"{here} {interval}".strip(), *([quoted] if known else []), note)
     return table
 
 

@@ -76,6 +76,7 @@ METRICS = {
     ),
     "lens_entropy": Metric("Lens entropy", "Entropy of the words that a visual token would say, 1 for evenly spread"),
     "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
+    "harness_score": Metric("lmms-eval's own number", "As its task aggregates it, on the task's own scale"),
     "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
     "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
     "pre_margin": Metric("PRe margin", "Cosine over that with another image's anchor at the same position"),

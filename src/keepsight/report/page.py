@@ -9,6 +9,7 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup
 
+from keepsight.report.benchmarks import paper_blocks
 from keepsight.report.curves import Run
 from keepsight.report.evidence import answer_block, evidence
 from keepsight.report.explorer import gather
@@ -52,6 +53,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         sections=sections,
         summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
         answers=answer_block(runs),
+        benchmarks=paper_blocks(runs),
         said=said(runs),
         shown=shown,
         explored=any(item.maps for item in shown),

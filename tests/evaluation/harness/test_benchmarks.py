@@ -54,7 +54,9 @@ def test_scores_are_those_by_hand(result):
         assert found.numbers[metric][0] == pytest.approx(value, abs=1e-6), metric
     main = next(one for one in benchmarks() if one.task == found.task)
     assert main.metric in small.scores
-    assert [one.prediction for one in found.answered] == [said if found.task != "ai2d" else said[0] for said in small.said]
+    assert [one.prediction for one in found.answered] == [
+        said if found.task != "ai2d" else said[0] for said in small.said
+    ]
     assert len(shown) == len(small.rows)
     assert all(one.picture for one in found.answered)
     rows = {(row.metric, row.target): row for row in found.evaluation.rows}

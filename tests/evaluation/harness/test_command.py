@@ -31,7 +31,7 @@ def test_without_lmms_eval_it_is_said_before_anything_is_made(tmp_path, monkeypa
     without_lmms_eval(monkeypatch)
     assert cli.main(["evaluate", "model", "--tasks", "gqa,pope", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert "gqa, pope cannot be run: lmms-eval is not installed: pip install \"keepsight[eval]\"" in said
+    assert 'gqa, pope cannot be run: lmms-eval is not installed: pip install "keepsight[eval]"' in said
     assert not (tmp_path / "run").exists()
 
 

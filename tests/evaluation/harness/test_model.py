@@ -18,7 +18,9 @@ from tests.tiny import llava
 from tests.tiny_processors import make_llava, save_llava
 
 TEXTS = ["what color ?", "what color ? what color ?", "red", "what ? red color", "color"]
-DOCS = [{"text": text, "pictures": [picture(i) for i in range(n)]} for text, n in zip(TEXTS, (1, 1, 2, 0, 1), strict=True)]
+DOCS = [
+    {"text": text, "pictures": [picture(i) for i in range(n)]} for text, n in zip(TEXTS, (1, 1, 2, 0, 1), strict=True)
+]
 
 
 def visuals(doc):
@@ -71,7 +73,11 @@ def test_every_request_has_its_own_length_and_stops(tiny):
     words = whole.split()
     assert len(words) >= 2
     said = lm.generate_until(
-        [request(0, lm, max_new_tokens=6), request(0, lm, max_new_tokens=1), request(0, lm, max_new_tokens=6, until=[words[1]])]
+        [
+            request(0, lm, max_new_tokens=6),
+            request(0, lm, max_new_tokens=1),
+            request(0, lm, max_new_tokens=6, until=[words[1]]),
+        ]
     )
     assert said[0] == whole
     assert len(said[1]) < len(whole)
@@ -82,9 +88,7 @@ def test_likelihoods_are_losses_by_the_definition(tiny):
     model, processor = tiny
     lm = made(Simple, tiny, 2)
     choices = ["red", "what color", "color ?"]
-    requests = [
-        SimpleNamespace(args=(DOCS[0]["text"], f" {choice}", visuals, 0, "task", "test")) for choice in choices
-    ]
+    requests = [SimpleNamespace(args=(DOCS[0]["text"], f" {choice}", visuals, 0, "task", "test")) for choice in choices]
     found = lm.loglikelihood(requests)
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DOCS[0]["text"]}]}],

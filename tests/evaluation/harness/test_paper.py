@@ -33,7 +33,11 @@ def test_every_figure_is_of_a_benchmark_with_a_column():
         (FIRST, {"layer": 16}, "CLIP* + Vicuna-7B, PRe"),
         (FIRST, {"layer": "last"}, "CLIP* + Vicuna-7B, PRe at the last layer"),
         (FIRST, {"anchor": "pre_projector"}, "CLIP* + Vicuna-7B, PRe, anchor before the projector"),
-        (FIRST, {"anchor": "external", "anchor_model": "facebook/dinov2-large"}, "CLIP* + Vicuna-7B, PRe, anchor DINOv2"),
+        (
+            FIRST,
+            {"anchor": "external", "anchor_model": "facebook/dinov2-large"},
+            "CLIP* + Vicuna-7B, PRe, anchor DINOv2",
+        ),
         (SECOND, {}, "SigLIP2 + Qwen2.5-7B, PRe"),
         (SECOND, {"weight": 0.0}, "SigLIP2 + Qwen2.5-7B"),
         (SECOND, {"layer": "last"}, None),
@@ -66,7 +70,9 @@ def test_no_run_and_no_yaml_are_no_configuration(tmp_path):
 
 
 def score(task, metric, value, note=""):
-    return Measurement("harness_score", value, low=value - 0.01, high=value + 0.01, target=task, variant=metric, note=note)
+    return Measurement(
+        "harness_score", value, low=value - 0.01, high=value + 0.01, target=task, variant=metric, note=note
+    )
 
 
 def test_numbers_stand_in_the_paper_s_units_and_corrected_labels_beside_none_of_it():

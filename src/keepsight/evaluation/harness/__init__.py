@@ -30,5 +30,7 @@ def missing() -> str:
     try:
         import lmms_eval.evaluator  # noqa: F401
     except Exception as cause:  # whatever one of its many dependencies raises
-        return f"lmms-eval cannot be imported ({type(cause).__name__}: {str(cause).strip().splitlines()[-1]}): {INSTALL}"
+        return (
+            f"lmms-eval cannot be imported ({type(cause).__name__}: {str(cause).strip().splitlines()[-1]}): {INSTALL}"
+        )
     return ""

@@ -127,7 +127,7 @@ class Simple(lmms):
         """Of each continuation (mean cross-entropy a token, whether greedy decoding would say it).
 
         A loss, the lower the better, and not what the method's name says: lmms-eval takes the choice whose number is
-        lowest (`argmin` in its `process_results`). In a `GenerationResult`, because 0.7.3 makes a string of a bare pair.
+        lowest (`argmin` in its `process_results`). In a `GenerationResult`: 0.7.3 makes a string of a bare pair.
         """
         found: list[tuple[float, bool]] = []
         with self._inference():
@@ -178,7 +178,9 @@ class Simple(lmms):
         journal = Journal(self.journal, named, shared=True)
         answerer = Answerer(self.vlm.model, self.processor, length)
         waiting = [position for position in range(len(requests)) if position not in journal.known]
-        windows = [waiting[at : at + _WINDOW * self.batch_size] for at in range(0, len(waiting), _WINDOW * self.batch_size)]
+        windows = [
+            waiting[at : at + _WINDOW * self.batch_size] for at in range(0, len(waiting), _WINDOW * self.batch_size)
+        ]
         for window in tracked(windows, "questions", self.progress and self.rank == 0, len(windows)):
             questions = [self._question(requests[position]) for position in window]
             for batch in batches_of(questions, range(len(window)), self.batch_size):
@@ -248,7 +250,9 @@ def _picture(visual: Any, kind: str, task: str) -> Any:
     if isinstance(visual, str) and kind in ("", "image") and Path(visual).suffix.lower() in pictures:
         return visual
     named = kind if kind not in ("", "image") else f"'{visual}'" if isinstance(visual, str) else type(visual).__name__
-    raise UnsupportedError(f"{task}: it shows the model {named}; keepsight asks about pictures only (no video, no audio)")
+    raise UnsupportedError(
+        f"{task}: it shows the model {named}; keepsight asks about pictures only (no video, no audio)"
+    )
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from keepsight.evaluation.harness.paper import PART, benchmark
 from keepsight.evaluation.questions import Question
 from keepsight.evaluation.run import Evaluation
 from keepsight.evaluation.scoring import Record, rows_of
-from keepsight.results import Measurement, PerImage, write_file
+from keepsight.results import Measurement, PerImage, make_folder, write_file
 
 HARNESS = "harness_score"  # a number as lmms-eval aggregates it; the variant names it
 _RESAMPLES = 500
@@ -85,6 +85,7 @@ class TaskResult:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
+        make_folder(path.parent)
         write_file(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
