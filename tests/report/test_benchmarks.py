@@ -21,7 +21,7 @@ def test_benchmarks_stand_beside_the_paper_s_figures(tmp_path):
         (sample_run(0), sample_run(1)), (FACTS, None), strict=True)]  # fmt: skip
     page = build(runs, tmp_path / "report.html").read_text(encoding="utf-8")
     section = page[page.index('<section id="benchmarks">') :].partition("</section>")[0]
-    assert "the paper&#39;s figures: CLIP* + Vicuna-7B" in section
+    assert "the paper's figures: CLIP* + Vicuna-7B" in section
     assert (
         '<td>GQA</td><td class="num">61.5 <span class="interval">[60.7, 62.4]</span></td><td class="num">62</td>'
         in section
