@@ -3,7 +3,8 @@
 # make test-thorough  that rest: every pair of settings of PRe in every way to train
 # make check       ruff, mypy and the fast tests, in under two minutes
 # make bench       the benchmarks, each prints a ratio
-# make test-oldest the fast tests with the oldest supported transformers, in an environment of their own
+# make test-oldest   the fast tests with the oldest supported transformers, in an environment of their own
+# make test-harness  lmms-eval installed without torchvision, then the tests that need it
 # make test-real   fetch the pretrained parts, then the tests that need them
 #
 # Each sets up what it needs in .venv; a second time that costs nothing. ARGS goes on to the command:
@@ -21,9 +22,9 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 BENCHES := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
-.PHONY: help setup demo test test-thorough test-oldest check bench test-real
+.PHONY: help setup demo test test-thorough test-oldest check bench test-harness test-real
 help:
-	@sed -n '/^# /s/^# //p' Makefile | head -7
+	@sed -n '/^# /s/^# //p' Makefile | head -8
 
 setup: $(STAMP)
 
@@ -63,6 +64,15 @@ check: setup
 
 bench: setup
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+# lmms-eval asks for torchvision, sentence-transformers, wandb and thirty more, some of which bring another torch. What
+# tasks about pictures import is below; --no-deps keeps the rest out.
+HARNESS := loguru pytablewriter tenacity python-dotenv openai sacrebleu nltk evaluate
+
+test-harness: setup
+	$(PIP) --no-deps lmms-eval
+	$(PIP) $(HARNESS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/evaluation/harness $(ARGS)
 
 test-real: setup
 	$(PIP) -e '.[train,figures,dev,real]'

@@ -109,7 +109,7 @@ def test_a_saved_data_set(model, tmp_path):
     [
         (["--tasks", "none.jsonl", "--out", "x"], "the question file 'none.jsonl' does not exist"),
         (["--out", "x"], "tasks is not given; give it with --tasks FILE"),
-        (["--tasks", "a/q.jsonl", "b/q.jsonl", "--out", "x"], "two files of one name"),
+        (["--tasks", "a/q.jsonl", "b/q.jsonl", "--out", "x"], "tasks holds two of one name"),
         (["--tasks", "q.jsonl", "--out", "x", "--limit", "0"], "limit is 0; allowed: 1 or more"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`keepsight evaluate MODEL --tasks questions.jsonl`."""
+"""`keepsight evaluate MODEL --tasks questions.jsonl`, and `--tasks paper` through lmms-eval."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class EvaluateConfig:
     Attributes:
         model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
         tasks: files of questions, one JSON object a line with `question`, `answer` and, as needed, `image`, `choices`,
-            `type`, `id`, `picture`, `pair`, `score`; HuggingFace data sets on disk with these columns; or "testbed" and
-            "testbed-pope", the drawn world's own (./testbed is a folder).
+            `type`, `id`, `picture`, `pair`, `score`; HuggingFace data sets on disk with these columns; "testbed" and
+            "testbed-pope", the drawn world's own (./testbed is a folder); names of lmms-eval's tasks (`gqa,pope`), or
+            `paper` for the paper's benchmarks.
         out: the run's folder.
         image_folder: where the pictures' paths start; null = the folder of each file.
         label: the run's name in the report; null = the model's.
         limit: ask only so many questions of each file, the first ones.
         batch_size: questions at once.
-        max_new_tokens: length limit of an answer.
+        max_new_tokens: length limit of an answer; lmms-eval's tasks set their own.
         prune_keep: keep this share of the visual tokens, and drop the others after layer prune_layer; null = all.
         prune_layer: the layer after which they are dropped.
         prune_by: which are kept: those with most "attention" of the prompt's last token in that layer (FastV), a
@@ -69,9 +70,12 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 1 or more.")
-        stems = [Path(task).stem for task in self.tasks]
+        from keepsight.commands.harness import split_tasks
+
+        own, named = split_tasks(self.tasks)
+        stems = [*(Path(task).stem for task in own), *named]
         if len(set(stems)) < len(stems):
-            raise ValueError(f"tasks holds two files of one name ({', '.join(stems)}); rename one.")
+            raise ValueError(f"tasks holds two of one name ({', '.join(stems)}); rename a file.")
 
     @property
     def pruning(self) -> Any:
@@ -87,32 +91,36 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
         EvaluateConfig,
         arguments,
         command="evaluate",
-        usage="MODEL --tasks FILE [FILE …] --out DIR [options]",
+        usage="MODEL --tasks FILE|TASK [FILE|TASK …] --out DIR [options]",
         description="Ask a model questions about pictures, and score its answers.",
         first="model",
         lists="tasks",
     )
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Evaluate, write the run's folder, print the accuracies."""
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate, write the run's folder, print the accuracies; 1 where a task of lmms-eval could not be reached."""
     config = parse(arguments)
+    from keepsight.commands import harness
+    from keepsight.commands.console import console, device_named, quiet
     from keepsight.commands.diagnose import images_of
     from keepsight.evaluation import evaluate, keep, load_questions
     from keepsight.processes import barrier, rank
     from keepsight.testbed.tasks import TASKS
 
     pruning = config.pruning
+    own, names = harness.split_tasks(config.tasks)
     tasks = {
         Path(task).stem: (TASKS[task]() if task in TASKS else load_questions(images_of(task), config.image_folder))
-        for task in config.tasks
+        for task in own
     }
     tasks = {name: questions[: config.limit] for name, questions in tasks.items()}
+    manager, why = harness.check(names) if names else (None, "")
+    if why and not own:
+        raise ImportError(f"{', '.join(names)} cannot be run: {why}")
     main_process = rank() == 0
     run = _open(config) if main_process else None
     barrier()
-    from keepsight.commands.console import device_named, quiet
-
     quiet()
     from keepsight.results import fingerprint
     from keepsight.vlm.load import load_model
@@ -120,7 +128,7 @@ def main(arguments: Sequence[str]) -> None:
     device = device_named(config.device)
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
-    found = {
+    found: dict[str, Any] = {
         name: evaluate(
             model,
             processor,
@@ -134,22 +142,38 @@ def main(arguments: Sequence[str]) -> None:
         )
         for name, questions in tasks.items()
     }
+    unreached = dict.fromkeys(names, why) if why else {}
+    if names and manager is not None:
+        say = console.print if main_process else lambda text: None
+        given, unreached = harness.run_tasks(names, manager, model, processor, config, pruning, say)
+        found |= (reached := harness.as_evaluations(given))
+        tasks |= {name: [record.question for record in evaluation.records] for name, evaluation in reached.items()}
     if run is not None:
-        _finish(run, config, found, fingerprint(model))
+        _finish(run, config, found, fingerprint(model), unreached, names)
         keep(run, tasks, found)
-        run.update(finished=True)
-        _tell(run, found)
+        run.update(finished=not unreached)
+        _tell(run, found, unreached)
+    return 1 if unreached else 0
 
 
-def _finish(run: Any, config: EvaluateConfig, found: Mapping[str, Any], weights: str) -> None:
-    """Rows, what each picture adds, and counts; with several tasks, a row's target begins with the task."""
+def _finish(
+    run: Any,
+    config: EvaluateConfig,
+    found: Mapping[str, Any],
+    weights: str,
+    unreached: Mapping[str, str],
+    names: Sequence[str],
+) -> None:
+    """Rows, what each picture adds, and counts; with several tasks, or one of lmms-eval's, a row's target begins with
+    the task."""
     from keepsight.commands.console import training_run
+    from keepsight.commands.harness import paper_facts
     from keepsight.results import merged
     from keepsight.results.answers import target_of
     from keepsight.vlm.load import model_folder
 
     def target(task: str, kind: str) -> str:
-        return target_of(task, kind, len(found))
+        return target_of(task, kind, 2 if names else len(found))
 
     counts: Counter[str] = Counter()
     rows, parts = [], []
@@ -165,20 +189,29 @@ def _finish(run: Any, config: EvaluateConfig, found: Mapping[str, Any], weights:
         label=config.label or trained.get("label") or Path(config.model).name,
         model={"name": config.model, "fingerprint": weights},
         counts=dict(counts),
+        unreached=dict(unreached),
+        paper=paper_facts(rows, config.model, names),
         **seed,
     )
 
 
-def _tell(run: Any, found: Mapping[str, Any]) -> None:
+def _tell(run: Any, found: Mapping[str, Any], unreached: Mapping[str, str]) -> None:
     from keepsight.commands.console import console
+    from keepsight.commands.harness import paper_table
     from keepsight.report import table
 
     console.print(table([run]))
+    if run.info.get("paper"):
+        console.print(paper_table(run.info["paper"]))
     for name, count in run.info["counts"].items():
         console.print(f"{name}: {count}", markup=False)
     for name, evaluation in found.items():
         for position, reason in list(evaluation.left_out.items())[:20]:
             console.print(f"left out of {name}: question {position + 1}: {reason}", style="yellow", markup=False)
+    for name, reason in unreached.items():
+        console.print(f"not reached: {name}: {reason}", style="yellow", markup=False)
+    if unreached:
+        console.print("The same command with --resume tries these again; the others are kept.", style="yellow")
 
 
 def _open(config: EvaluateConfig) -> Any:

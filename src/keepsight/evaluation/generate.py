@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from keepsight.evaluation.questions import PLACEHOLDER, Question
 from keepsight.images import ImageError, open_image
 from keepsight.training.spans import image_markers
@@ -24,6 +22,10 @@ class Answer:
     text: str = ""
     cut: bool = False
     refused: str = ""
+
+
+class ContextError(ValueError):
+    """A question that is longer than the model's context."""
 
 
 class Answerer:
@@ -84,6 +86,8 @@ class Answerer:
         return [open_image(found, str(name), "Repair it, or leave its questions out.") for found, name in sources]
 
     def _prompt(self, question: Question, listed: bool) -> str:
+        if question.turns:
+            return self.processor.apply_chat_template(list(question.turns), add_generation_prompt=True)
         text = question.question
         if question.choices and listed:
             options = [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices)]
@@ -128,23 +132,39 @@ class Answerer:
         return [Answer(text.strip(), ending) for text, ending in zip(texts, cut, strict=True)]
 
     def _likeliest(self, question: Question, pictures: list[Any]) -> Answer:
-        """All choices of one question as a batch."""
-        prompt = self._prompt(question, False)
-        texts = [prompt + choice.strip() for choice in question.choices]
+        try:
+            found = self._losses(self._prompt(question, False), question.choices, pictures)
+        except ContextError as error:
+            return Answer(refused=str(error))
+        return Answer(question.choices[min(range(len(found)), key=lambda i: found[i][0])])
+
+    def losses(self, question: Question, continuations: Sequence[str]) -> list[tuple[float, bool]]:
+        """Of each continuation as the answer: mean cross-entropy a token, and whether greedy decoding would say it.
+
+        Raises:
+            ImageError, ValueError: the question cannot be asked.
+        """
+        return self._losses(self._prompt(question, False), continuations, self._pictures(question))
+
+    def _losses(self, prompt: str, continuations: Sequence[str], pictures: list[Any]) -> list[tuple[float, bool]]:
+        """All continuations as a batch."""
+        texts = [prompt + text.strip() for text in continuations]
         own = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         start = self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        # A choice's tokens are those after what it shares with the bare prompt: a token may span the boundary.
+        # A continuation's tokens are those after what it shares with the prompt: a token may span the boundary.
         counts = [len(ids) - _shared(ids, start) for ids in own]
         batch = self._batch(texts, [pictures] * len(texts))
         if long := self._too_long(batch, 0):
-            return self._refuse(max(long.values()))
+            raise ContextError(self._refuse(max(long.values())).refused)
         batch = batch.to(self.model.device, dtype=self.model.dtype)
         logits = self.model(**batch, logits_to_keep=max(counts) + 1, use_cache=False).logits
-        means = []
+        found = []
         for row, count in enumerate(counts):
             said = logits[row, -count - 1 : -1].float().log_softmax(dim=-1)
-            means.append(float(said.gather(1, batch["input_ids"][row, -count:, None]).mean()))
-        return Answer(question.choices[int(torch.tensor(means).argmax())])
+            tokens = batch["input_ids"][row, -count:, None]
+            greedy = bool((said.argmax(dim=-1) == tokens[:, 0]).all())
+            found.append((-float(said.gather(1, tokens).mean()), greedy))
+        return found
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

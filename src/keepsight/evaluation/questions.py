@@ -34,6 +34,7 @@ class Question:
         score: how an answer is scored; None decides by what is there, see `scored_by`.
         id: unique among the questions; empty = its number.
         pair: questions of one pair are also counted together: right only where all of them are (MMVP).
+        turns: a whole conversation as chat messages (`role`, `content`), asked in place of `question`.
     """
 
     question: str
@@ -45,6 +46,7 @@ class Question:
     score: Score | None = None
     id: str = ""
     pair: Hashable = None
+    turns: Sequence[Mapping[str, Any]] = ()
 
     @property
     def answers(self) -> tuple[str, ...]:

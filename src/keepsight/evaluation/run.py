@@ -88,12 +88,12 @@ def evaluate(
         if value < 1:
             raise ValueError(f"{name} is {value}; answering needs at least 1")
     asked, left_out = askable(questions)
-    answers = _Journal(None if journal is None else Path(journal), questions)
+    answers = Journal(None if journal is None else Path(journal), questions)
     waiting = [position for position in asked if position not in answers.known]
     if world_size() > 1 and journal is None:
         raise ValueError("several processes need a journal, a folder that all of them reach; journal is None")
     barrier()  # before the first answer is added, so that all processes share out the same questions
-    batches = list(_batches(questions, waiting[rank() :: world_size()], batch_size))
+    batches = list(batches_of(questions, waiting[rank() :: world_size()], batch_size))
     with inference(model), nullcontext() if pruning is None else pruned(Vlm(model), pruning):
         answerer = Answerer(model, processor, max_new_tokens, choices)
         for batch in tracked(batches, "questions", progress, len(batches)):
@@ -121,7 +121,7 @@ def assemble(questions: Sequence[Question], answers: dict[int, Answer], left_out
     return Evaluation(records, rows, per_image, dict(sorted(left_out.items())))
 
 
-def _batches(questions: Sequence[Question], waiting: Sequence[int], size: int) -> Iterator[list[int]]:
+def batches_of(questions: Sequence[Question], waiting: Sequence[int], size: int) -> Iterator[list[int]]:
     """Questions with as many pictures together, in their order."""
     for number in sorted({len(questions[position].images) for position in waiting}):
         group = [position for position in waiting if len(questions[position].images) == number]
@@ -129,15 +129,17 @@ def _batches(questions: Sequence[Question], waiting: Sequence[int], size: int) -
             yield group[start : start + size]
 
 
-class _Journal:
+class Journal:
     """Answers by position, and the folder they are kept in: one file of lines for each process.
+
+    shared: the folder may hold answers to other questions too, which are passed over.
 
     A last line that was cut off is not taken for an answer. Refusals count for the evaluation that wrote them; one that
     goes on asks again, when the picture may be there.
     """
 
-    def __init__(self, folder: Path | None, questions: Sequence[Question]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, questions: Sequence[Question], shared: bool = False) -> None:
+        self.folder, self.shared = folder, shared
         self.names = [identity(question, position) for position, question in enumerate(questions)]
         self.texts = [question.question for question in questions]
         self.known: dict[int, Answer] = {}
@@ -182,6 +184,8 @@ class _Journal:
             for number, line in enumerate(content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1], start=1):
                 entry = json.loads(line)
                 position = place.get(entry["id"])
+                if position is None and self.shared:
+                    continue
                 if position is None or self.texts[position] != entry["question"]:
                     raise ValueError(
                         f"'{path}', line {number}: question {entry['id']!r} is not among the questions asked now, or "

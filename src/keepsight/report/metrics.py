@@ -76,6 +76,7 @@ METRICS = {
     ),
     "lens_entropy": Metric("Lens entropy", "Entropy of the words that a visual token would say, 1 for evenly spread"),
     "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
+    "harness_score": Metric("lmms-eval's own number", "As its task aggregates it, on the task's own scale"),
     "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
     "answer_f1": Metric("F1 of “yes”", "Yes/no questions: 2 × right yes ÷ (yes said + yes true)", percent=True),
     "answer_yes": Metric("Answered yes", "Share of the yes/no questions", percent=True),

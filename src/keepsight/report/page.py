@@ -9,6 +9,7 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup
 
+from keepsight.report.benchmarks import paper_blocks
 from keepsight.report.changed import changed
 from keepsight.report.curves import Run
 from keepsight.report.evidence import answer_block, evidence
@@ -56,6 +57,7 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         answers=answer_block(runs),
         changed=changed(runs),
         prior=any(run.select("answer_prior") for run in runs),
+        benchmarks=paper_blocks(runs),
         said=said(runs),
         shown=shown,
         explored=any(item.maps for item in shown),

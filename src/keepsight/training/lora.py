@@ -167,13 +167,6 @@ def save_adapter(wrapped: Any, learned: Iterable[str], folder: Path, *, base: st
     )
 
 
-def merged(model: nn.Module, folder: Path) -> Any:
-    """The model with an adapter of `save_adapter` merged into its weights, in place."""
-    import peft
-
-    return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
-
-
 def _whole_modules(model: nn.Module, names: set[str]) -> list[str]:
     """The fewest modules that hold these parameters and no others."""
     found: list[str] = []

@@ -19,10 +19,10 @@ from keepsight.training.conversations import ConversationSource
 from keepsight.training.data import ConversationDataset, load_source
 from keepsight.training.encode import Encoder
 from keepsight.training.freeze import train_only
-from keepsight.training.lora import check_available, merged, save_adapter, targets
+from keepsight.training.lora import check_available, save_adapter, targets
 from keepsight.training.sharding import is_sharded, whole_weights
 from keepsight.training.stages import Stages
-from keepsight.vlm.load import load_model
+from keepsight.vlm.load import load_model, with_adapter
 
 
 def train(
@@ -101,7 +101,7 @@ def _save(stages: Stages, before: str) -> None:
     if stages.adapted is not None and not config.lora.load_in_4bit:
         model = stages.adapted.merge_and_unload()
     elif stages.adapted is not None and run is not None:  # into the weights themselves, not into their 4 bits
-        model = merged(build_model(config.model, seed=config.seed)[0], run.path / record.ADAPTER)
+        model = with_adapter(build_model(config.model, seed=config.seed)[0], run.path / record.ADAPTER)
     model.requires_grad_(True)
     weights = whole_weights(model) if is_sharded(model) else model.state_dict()
     if run is not None:

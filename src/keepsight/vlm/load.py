@@ -30,7 +30,8 @@ def load_model(
     """An image-text-to-text model, in eval mode, and its processor.
 
     Args:
-        path: a directory in transformers format, the folder of a `keepsight train` run, or a hub id.
+        path: a directory in transformers format, the folder of a `keepsight train` run, a folder with a PEFT adapter
+            (merged into the model that it names), or a hub id.
         trust_remote_code: run code that comes with the checkpoint. Off unless its author is known.
         dtype: of the weights; "auto" keeps the checkpoint's.
         device_map: handed to transformers; None loads on the CPU.
@@ -44,6 +45,9 @@ def load_model(
         ValueError: from `Vlm`, if the family has no visual tokens to follow.
     """
     place = model_folder(path)
+    if base := _adapted(place):
+        model, processor = load_model(base, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map)
+        return with_adapter(model, place), processor
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as cause:
@@ -77,6 +81,35 @@ def load_model(
         )
     Vlm(model)
     return model.eval(), load_processor(place, trust_remote_code=trust_remote_code)
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """The model with a PEFT adapter merged into its weights, in place.
+
+    Raises:
+        LoadError: PEFT is missing, or the folder holds no adapter that fits the model.
+    """
+    try:
+        import peft
+    except ImportError as cause:
+        raise LoadError(f"'{folder}' is an adapter, which needs PEFT: pip install \"keepsight[train]\"") from cause
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise LoadError(f"'{folder}' holds no adapter: its adapter_model.safetensors is missing.")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), use_safetensors=True).merge_and_unload().eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as cause:
+        raise LoadError(_hint(str(folder), f"it does not fit this {type(model).__name__}", cause)) from cause
+
+
+def _adapted(place: str) -> str:
+    """The model that an adapter's folder stands on; "" for a folder that is none."""
+    file = Path(place) / "adapter_config.json"
+    if not file.is_file() or (Path(place) / "config.json").is_file():
+        return ""
+    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise LoadError(f"'{file}' does not name the model it stands on; add base_model_name_or_path to it.")
+    return str(base)
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
