@@ -105,7 +105,7 @@ class Simple(lmms):
         import torch.distributed as dist
 
         gloo = dist.is_initialized() and dist.get_backend() == "gloo"
-        return torch.device("cpu") if gloo else self.vlm.model.device
+        return torch.device("cpu") if gloo else next(self.vlm.model.parameters()).device
 
     def clean(self) -> None:
         """Keep the model: it is asked again for the next task."""

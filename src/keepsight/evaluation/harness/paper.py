@@ -146,8 +146,8 @@ def compare(rows: Sequence[Measurement], configuration: Configuration | None) ->
             if not marked and quoted is not None:
                 lines.append(Line(one.name, None, None, None, quoted, "not run"))
             continue
-        here = [None if number is None else number * one.scale for number in (row.value, row.low, row.high)]
+        here, low, high = (None if number is None else number * one.scale for number in (row.value, row.low, row.high))
         title = f"{one.name} ({name})" if marked else one.name
         whole = PART not in row.note
-        lines.append(Line(title, *here, quoted if whole and not marked else None, row.note))
+        lines.append(Line(title, here, low, high, quoted if whole and not marked else None, row.note))
     return lines
