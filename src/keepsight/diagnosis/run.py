@@ -75,7 +75,7 @@ def diagnose(
         exact: take all tokens where the default takes a seeded sample (spectrum, fidelity). They go to the temporary
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
-            sixteen pictures unless given, but 8 to 32.
+            64 pictures unless given, but 8 to 32.
         metrics: which groups of numbers: "probes", "structure", "objects", "bleeding", "spectrum", "fidelity", "lens",
             "maps"; or "all". Default: all but objects and bleeding. Norms, sinks and homogeneity are always there.
         nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
