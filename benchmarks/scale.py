@@ -1,4 +1,4 @@
-"""A diagnosis of 33 layers × 4096 channels with probes of 1,000 classes: sizes on paper, and the code an eighth as wide.
+"""33 layers × 4096 channels with probes of 1,000 classes: sizes on paper, and the same code an eighth as wide.
 
     python benchmarks/scale.py
 
@@ -33,7 +33,7 @@ def on_paper(pictures: int) -> None:
     for name, size in sizes.items():
         print(f"  {name}: {size / 1e9:.1f} GB")
     work = 4 * 0.6 * pictures * WIDTH * CLASSES * len(L2_GRID)
-    print(f"  a step of the probes of a layer, all strengths: {work / 1e12:.0f} TFLOP")
+    print(f"  a step of the probes of a layer, all strengths: {work / 1e12:.1f} TFLOP")
 
 
 def scaled_down() -> bool:

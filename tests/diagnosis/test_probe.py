@@ -108,9 +108,9 @@ def test_memory_bound_does_not_change_the_result(monkeypatch, bound):
     together = fit_probes(lambda layer: layers[layer], range(4), labels)
     sizes = []
 
-    def counted(x, y, l2, classes):
+    def counted(x, y, l2, classes, known):
         sizes.append((len(x), len(l2)))
-        return solve(x, y, l2, classes)
+        return solve(x, y, l2, classes, known=known)
 
     monkeypatch.setattr("keepsight.diagnosis.probe.solve", counted)
     monkeypatch.setattr(f"keepsight.diagnosis.probe.{bound}", 1)

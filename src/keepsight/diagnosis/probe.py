@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.logistic import solve
+from keepsight.diagnosis.logistic import Basis, basis, solve
 from keepsight.results import Measurement
 
 L2_GRID = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # of the mean loss: 1e-4 … 10
@@ -125,8 +125,9 @@ def fit_probes(
         start += len(chunk)
         z = standardise(torch.stack(chunk), split.train)
         del chunk, first
+        known_basis = basis(z[:, split.train])
         for kind, target in (("true", y), ("shuffled", shuffled)):
-            fits[kind].append(_fit(z, target, y, split, l2, len(names)))
+            fits[kind].append(_fit(z, known_basis, target, y, split, l2, len(names)))
     validation, strength, correct = (np.concatenate(part) for part in zip(*fits["true"], strict=True))
     majority = torch.bincount(y[split.train], minlength=len(names)).argmax()
     return Probe(
@@ -166,11 +167,11 @@ def _bytes_per_strength(n: int, d: int, classes: int) -> int:
 
 
 def _fit(
-    z: Tensor, target: Tensor, truth: Tensor, split: Split, l2: Tensor, classes: int
+    z: Tensor, known: Basis, target: Tensor, truth: Tensor, split: Split, l2: Tensor, classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Validation accuracy [P] and strength [P] of the best fit, and its test answers [P, n_test]."""
     together = max(1, STRENGTHS_MEMORY // (len(z) * _bytes_per_strength(len(split.train), z.shape[2], classes)))
-    parts = [solve(z[:, split.train], target[split.train], some, classes) for some in l2.split(together)]
+    parts = [solve(z[:, split.train], target[split.train], some, classes, known=known) for some in l2.split(together)]
     all_weights, intercepts = (
         torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("weights", "intercept")
     )
