@@ -162,6 +162,8 @@ def test_broken_pictures_are_counted_in_the_run(setting, pictures: Path) -> None
     run = train(TrainConfig(**setting, skip_broken=True))
     assert run.info["counts"]["full: unreadable image"] == 5
     assert run.info["skipped_full"][0] == "entry 1 (id 'a')"
+    logged = [row for row in read_curves(run.path) if row["stage"] == "full"]
+    assert logged[-1]["skipped_unreadable_image"] == 5
     with pytest.raises(ValueError, match=r"entry \d \(id 'a'\): image 'blue.png' cannot be read"):
         train(TrainConfig(**{**setting, "out": setting["out"] + "2"}))
 

@@ -34,7 +34,11 @@ from keepsight.training.trainer import PReTrainerMixin, set_apart
 
 
 class KeepsightTrainer(PReTrainerMixin, Trainer):
-    """HF `Trainer` with PRe, whose checkpoints hold what has learned, see `keepsight.training.checkpoints`."""
+    """HF `Trainer` with PRe, whose checkpoints hold what has learned, see `keepsight.training.checkpoints`.
+
+    Its log also counts what was left out or shortened so far, one number a reason, such as
+    ``skipped_unreadable_image``.
+    """
 
     learned: frozenset[str] = frozenset()
     projector_lr: float | None = None
@@ -44,6 +48,13 @@ class KeepsightTrainer(PReTrainerMixin, Trainer):
         if self.projector_lr is not None:
             set_apart(optimizer, parts(self.pre.vlm.model)["projector"], self.projector_lr, "keepsight_projector")
         return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and isinstance(self.train_dataset, ConversationDataset):
+            _agree(self, self.train_dataset)
+            skipped = self.train_dataset.skipped()
+            logs |= {f"skipped_{reason.replace(' ', '_')}": float(count) for reason, count in skipped.items()}
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
@@ -189,10 +200,15 @@ def _attach(model: Any, wanted: PReConfig, handle: Handle | None) -> Handle:
     return attach(model, wanted)
 
 
-def _found(trainer: KeepsightTrainer, dataset: ConversationDataset) -> dict[str, Any]:
-    """What the run has found out so far about the data, in all processes (each must call this)."""
+def _agree(trainer: Trainer, dataset: ConversationDataset) -> None:
+    """Let all processes know what any has found out about the entries (each must call this)."""
     states = dataset.states.to(trainer.args.device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(states, op=dist.ReduceOp.MAX)
     dataset.recall(states.cpu())
+
+
+def _found(trainer: KeepsightTrainer, dataset: ConversationDataset) -> dict[str, Any]:
+    """What the run has found out so far about the data, in all processes (each must call this)."""
+    _agree(trainer, dataset)
     return {"entries": dataset.states.clone(), "totals": dict(trainer.pre_totals)}
