@@ -39,17 +39,19 @@ class Ratio:
         return Ratio(self.value + share, self.low + share, self.high + share, self.pairs)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of this process; where a GPU does the work, seconds on the clock until it is done."""
+def now() -> float:
+    """CPU seconds of this process; where a GPU does the work, seconds on the clock with its work done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes, by `now`."""
+    start = now()
     work()
-    return time.process_time() - start
+    return now() - start
 
 
 def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
@@ -89,10 +91,13 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def verdict(name: str, ratio: Ratio, *, at_least: float | None = None, at_most: float | None = None) -> bool:
-    """Print the ratio beside its bound; whether the bound holds."""
+def verdict(
+    name: str, ratio: Ratio, *, at_least: float | None = None, at_most: float | None = None, lower_end: bool = False
+) -> bool:
+    """Print the ratio beside its bound; whether the bound holds, with `lower_end` for the interval's lower end too."""
     if at_least is not None:
-        holds, bound = ratio.value >= at_least, f"at least {at_least}x"
+        holds = (ratio.low if lower_end else ratio.value) >= at_least
+        bound = f"{'the lower end ' if lower_end else ''}at least {at_least}x"
     else:
         assert at_most is not None
         holds, bound = ratio.value <= at_most, f"at most {at_most}x"

@@ -54,6 +54,13 @@ def test_two_tasks(model, tasks, tmp_path, capsys):
     assert set(kept.images) == {f"pictures/{number}.png" for number in range(6)}
     assert all(np.nanmean(kept.of(row.key)) == pytest.approx(row.value, abs=1e-6) for row in accuracies.values())
     assert "questions: 24" in capsys.readouterr().out
+    said = run.read_answers()
+    assert [record.task for record in said] == ["one"] * 12 + ["two"] * 12
+    assert said[3].images == ("pictures/1.png",)
+    assert (said[3].id, said[3].type, said[3].reference, said[3].scored_by) == ("3", "yes", ("yes",), "yes_no")
+    assert np.mean([record.score for record in said[:12]]) == pytest.approx(accuracies["one"].value)
+    small = run.load().thumbnails.get("two", "pictures/1.png")
+    assert np.array_equal(small, Image.open(tmp_path / "pictures" / "1.png"))
     assert cli.main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "already holds a run ('run.json' is there). Choose another folder, or go on with it by resume=True" in said
@@ -70,7 +77,20 @@ def test_limit_and_what_is_left_out(model, tasks, tmp_path, capsys):
         == 0
     )
     assert RunDirectory.open(out).info["counts"]["questions left out"] == 2
+    said = RunDirectory.open(out).read_answers()
+    assert [record.score is None for record in said] == [True, True, False, False]
+    assert "is missing" in said[0].left_out
     assert "left out of one: question 1: image 'pictures/0.png'" in capsys.readouterr().out
+
+
+def test_the_drawn_world_by_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", model, "--tasks", "testbed", "testbed-pope", "--out", "run", "--limit", "12"]
+    assert cli.main([*command, "--max-new-tokens", "1"]) == 0
+    run = RunDirectory.open("run")
+    targets = {row.target for row in run.read_rows() if row.metric == "answer_f1"}
+    assert {"testbed-pope", "testbed-pope, random", "testbed-pope, popular", "testbed-pope, adversarial"} <= targets
+    assert sum(record.reference == ("yes",) for record in run.read_answers() if record.task == "testbed-pope") == 6
 
 
 def test_a_saved_data_set(model, tmp_path):

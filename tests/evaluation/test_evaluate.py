@@ -210,7 +210,7 @@ def test_what_goes_wrong_costs_its_question_only(vlm, tmp_path):
         Question("what color ?", "red", image=Image.new("RGB", (64, 64))),
         Question("what color ?", "red", image=tmp_path / "broken.png"),
         Question("what color ?", "red", image=lambda: tmp_path / "missing.png"),
-        Question("red " * (limit + 10), "red", image=Image.new("RGB", (64, 64))),
+        Question("red " * 2500, "red", image=Image.new("RGB", (64, 64))),  # 10,000 characters
         Question("red " * (limit + 10), "red", choices=("red", "blue")),
         Question("what color ?", "", id="empty"),
     ]

@@ -79,3 +79,17 @@ def test_what_cannot_be_asked_is_left_out():
     asked, refused = askable(questions)
     assert asked == [0, 3]
     assert refused == {1: "the right answer is empty", 2: "its id is that of question 1"}
+
+
+@pytest.mark.parametrize(
+    ("text", "pictures", "why"),
+    [
+        ("is <image> red ?", 2, "it has 1 <image> and 2 pictures; as many are needed"),
+        ("is <image> like <image> ?", 1, "it has 2 <image> and 1 pictures; as many are needed"),
+        ("<image> ?", 0, "it has 1 <image> and 0 pictures; as many are needed"),
+        (" ", 1, "the question is empty"),
+    ],
+)
+def test_marks_that_do_not_fit_the_pictures(text, pictures, why):
+    question = Question(text, "a", image=[Image.new("RGB", (4, 4))] * pictures)
+    assert askable([question, Question("q", "a", image=question.image)]) == ([1], {0: why})

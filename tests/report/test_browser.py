@@ -11,6 +11,7 @@ import pytest
 
 from keepsight.report import build
 from keepsight.results import LoadedRun, SimilarityMap
+from tests.report.answers import sample_answers
 from tests.report.browser import Tab, chromium, screenshot
 from tests.report.sample import sample_run
 from tests.report.test_page import HOSTILE, hostile_run
@@ -189,6 +190,23 @@ def test_print_is_light_and_leaves_the_theme(opened: Callable[..., Tab], report:
     if folder := os.environ.get("KEEPSIGHT_SCREENSHOTS"):
         (Path(folder) / "report.pdf").write_bytes((tmp_path / "report.pdf").read_bytes())
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_what_changed_is_seen(opened: Callable[..., Tab], tmp_path: Path, width: int) -> None:
+    """A page of answers alone: no figures, so no figures' code; nothing asked of the network, nothing too wide."""
+    out = build(sample_answers(tmp_path), tmp_path / "r.html")
+    assert out.stat().st_size < 400_000
+    page = opened(out, viewport={"width": width, "height": 800}, color_scheme="dark").page
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.locator(".card:visible").count() == 12
+    drawn = page.locator(".shots image").evaluate_all("all => all.map((one) => one.getBoundingClientRect().width)")
+    assert len(drawn) == 13
+    assert min(drawn) > 50
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator(".kind summary").first.click()
+    assert page.locator(".card:visible").count() < 12
+    screenshot(page, f"changed-{width}", full=True)
 
 
 def test_hostile_strings_are_text(opened: Callable[..., Tab], tmp_path: Path) -> None:

@@ -50,6 +50,26 @@ def test_a_difference_without_intervals_is_not_told() -> None:
     assert text.startswith("No difference can be told between b and a")
 
 
+def test_runs_of_answers_alone() -> None:
+    """No layer is named; with several tasks each has its part, its types have none."""
+
+    def answers(*values: float) -> list[Measurement]:
+        targets = ("pope", "pope, random", "gqa")
+        return [
+            Measurement("answer_accuracy", value, low=value - 0.03, high=value + 0.03, n=9, unit="questions", target=t)
+            for t, value in zip(targets, values, strict=True)
+        ]
+
+    one, two = (LoadedRun(name, answers(*v)) for name, v in (("a", (0.7, 0.1, 0.5)), ("b", (0.6, 0.9, 0.5))))
+    assert verdict([one]) == (
+        "a answers right: 70.0 % [67.0, 73.0] of pope (n = 9 questions), 50.0 % [47.0, 53.0] of gqa (n = 9 questions)."
+    )
+    assert verdict([one, two]) == (
+        "b against a: answers to pope are worse, −10.0 points [−14.2, −5.8]; no difference can be told for answers to "
+        "gqa."
+    )
+
+
 def test_answers_are_part_of_the_verdict() -> None:
     def answers(value: float) -> Measurement:
         return Measurement("answer_accuracy", value, low=value - 0.03, high=value + 0.04, unit="questions")

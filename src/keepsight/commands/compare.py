@@ -14,13 +14,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="keepsight compare",
         usage="keepsight compare RUN [RUN …] [--out REPORT.html] [--fail-if CONDITION …]",
-        description="Compare runs of keepsight diagnose; the first is what the others are compared with.",
+        description="Compare runs of keepsight diagnose, evaluate or both; the first is what the others are compared "
+        "with. Of runs that answered the same questions the report shows those that only one gets right.",
         epilog="Runs with the same label are seeds of one arm: they are averaged, and intervals are over seeds. "
         "Conditions: METRIC OPERATOR NUMBER, such as 'probe_drop > 0.1', 'probe_drop[texture] > 0.1', "
         "'gap@16 < 0.05' or, for the difference from the first run, 'delta gap < -0.02'; met where the whole 95 %% "
         f"interval is. Exit status {MET_STATUS} if one is met.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that keepsight diagnose wrote")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that diagnose or evaluate wrote")
     parser.add_argument("--out", metavar="FILE", help="write one report, an .html file")
     parser.add_argument("--rows", metavar="FILE", help="write every difference, with all intervals, one JSON a line")
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help="may be given repeatedly")
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     conditions = [Condition.parse(text) for text in given.fail_if]
     from keepsight.commands.console import console
     from keepsight.report import build, table, verdict
+    from keepsight.report.changed import changed_table
     from keepsight.report.compare import differences, judge
+    from keepsight.report.curves import open_runs
     from keepsight.results import RunDirectory, write_rows
     from keepsight.results.arms import arms, pool
 
@@ -46,9 +49,12 @@ def main(arguments: Sequence[str]) -> int:
     pooled = [pool(runs) for runs in grouped]
     for run in pooled:
         if not run.rows:
-            raise ValueError(f"the run '{run.label}' holds no rows; give folders that `keepsight diagnose` wrote.")
+            commands = "`keepsight diagnose` or `keepsight evaluate`"
+            raise ValueError(f"the run '{run.label}' holds no rows; give folders that {commands} wrote.")
     outcomes = [(text, *judge(condition, pooled)) for text, condition in zip(given.fail_if, conditions, strict=True)]
     console.print(table(pooled))
+    if (counts := changed_table(open_runs(pooled))) is not None:
+        console.print(counts)
     console.print(verdict(pooled), markup=False)
     if given.rows:
         write_rows(given.rows, differences(grouped))

@@ -21,7 +21,8 @@ class EvaluateConfig:
     Attributes:
         model: directory in transformers format, folder of a `keepsight train` run, or hub id (the first argument).
         tasks: files of questions, one JSON object a line with `question`, `answer` and, as needed, `image`, `choices`,
-            `type`, `id`, `picture`, `pair`, `score`; or HuggingFace data sets on disk with these columns.
+            `type`, `id`, `picture`, `pair`, `score`; HuggingFace data sets on disk with these columns; or "testbed" and
+            "testbed-pope", the drawn world's own (./testbed is a folder).
         out: the run's folder.
         image_folder: where the pictures' paths start; null = the folder of each file.
         label: the run's name in the report; null = the model's.
@@ -97,20 +98,22 @@ def main(arguments: Sequence[str]) -> None:
     """Evaluate, write the run's folder, print the accuracies."""
     config = parse(arguments)
     from keepsight.commands.diagnose import images_of
-    from keepsight.evaluation import load_questions
+    from keepsight.evaluation import evaluate, keep, load_questions
     from keepsight.processes import barrier, rank
+    from keepsight.testbed.tasks import TASKS
 
     pruning = config.pruning
     tasks = {
-        Path(task).stem: load_questions(images_of(task), config.image_folder)[: config.limit] for task in config.tasks
+        Path(task).stem: (TASKS[task]() if task in TASKS else load_questions(images_of(task), config.image_folder))
+        for task in config.tasks
     }
+    tasks = {name: questions[: config.limit] for name, questions in tasks.items()}
     main_process = rank() == 0
     run = _open(config) if main_process else None
     barrier()
     from keepsight.commands.console import device_named, quiet
 
     quiet()
-    from keepsight.evaluation.run import evaluate
     from keepsight.results import fingerprint
     from keepsight.vlm.load import load_model
 
@@ -133,6 +136,8 @@ def main(arguments: Sequence[str]) -> None:
     }
     if run is not None:
         _finish(run, config, found, fingerprint(model))
+        keep(run, tasks, found)
+        run.update(finished=True)
         _tell(run, found)
 
 
@@ -140,10 +145,11 @@ def _finish(run: Any, config: EvaluateConfig, found: Mapping[str, Any], weights:
     """Rows, what each picture adds, and counts; with several tasks, a row's target begins with the task."""
     from keepsight.commands.console import training_run
     from keepsight.results import merged
+    from keepsight.results.answers import target_of
     from keepsight.vlm.load import model_folder
 
     def target(task: str, kind: str) -> str:
-        return kind if len(found) == 1 else f"{task}, {kind}" if kind else task
+        return target_of(task, kind, len(found))
 
     counts: Counter[str] = Counter()
     rows, parts = [], []
@@ -159,7 +165,6 @@ def _finish(run: Any, config: EvaluateConfig, found: Mapping[str, Any], weights:
         label=config.label or trained.get("label") or Path(config.model).name,
         model={"name": config.model, "fingerprint": weights},
         counts=dict(counts),
-        finished=True,
         **seed,
     )
 

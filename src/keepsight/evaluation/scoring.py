@@ -13,9 +13,9 @@ from scipy.stats import binomtest
 
 from keepsight.evaluation.questions import Question
 from keepsight.results import Measurement, PerImage, PerImageBuilder
-from keepsight.results.intervals import mean_interval, ratio_shares
+from keepsight.results.answers import clusters as clusters_of
+from keepsight.results.intervals import bootstrap_ratio, mean_interval, ratio_shares
 
-RESAMPLES = 2000
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ARTICLES = {"a", "an", "the"}
 
@@ -115,15 +115,14 @@ def interval(scores: Sequence[float], clusters: Sequence[Hashable], seed: int = 
         sums[cluster][0] += float(value)
         sums[cluster][1] += 1
     table = np.array(list(sums.values()))  # [pictures, (points, asked)]
-    share = table[:, 0] / table[:, 1]
     binary = bool(np.isin(np.asarray(scores, dtype=float), (0.0, 1.0)).all())
-    if (len(table) == len(scores) and binary) or np.ptp(share) == 0:
-        found = binomtest(round(float(share.mean()) * len(table)), len(table)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-    rng = np.random.default_rng(seed)
-    drawn = table[rng.integers(len(table), size=(RESAMPLES, len(table)))].sum(axis=1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return float(low), float(high)
+    if len(table) < len(scores) or not binary:
+        drawn = bootstrap_ratio(table[:, 0], table[:, 1], seed)
+        if drawn.low is not None and drawn.high is not None:
+            return drawn.low, drawn.high
+    share = float((table[:, 0] / table[:, 1]).mean())
+    found = binomtest(round(share * len(table)), len(table)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def rows_of(records: Sequence[Record], metric: str = "answer_accuracy") -> tuple[list[Measurement], PerImage]:
@@ -132,11 +131,10 @@ def rows_of(records: Sequence[Record], metric: str = "answer_accuracy") -> tuple
     The mean score is called `metric`. With yes/no questions: `answer_f1`, of "yes", and `answer_yes`, the share
     answered with yes. With pairs: `pair_accuracy`, the share of pairs whose questions are all right.
     """
-    clusters = [
-        ("question", i) if record.question.picture is None else ("picture", record.question.picture)
-        for i, record in enumerate(records)
-    ]
-    names = {cluster: f"question {cluster[1]}" if cluster[0] == "question" else str(cluster[1]) for cluster in clusters}
+    asked = [record.question for record in records]
+    ids = [question.id or str(i) for i, question in enumerate(asked)]
+    clusters = clusters_of([question.picture for question in asked], [question.pair for question in asked], ids)
+    names = {key: str(key[1]) if key[0] == "picture" else f"{key[0]} {key[1]}" for key in clusters}
     collector = _Collector(
         {cluster: column for column, cluster in enumerate(names)}, PerImageBuilder([*names.values()])
     )
@@ -147,7 +145,7 @@ def rows_of(records: Sequence[Record], metric: str = "answer_accuracy") -> tuple
         collector.mean(metric, [record.score for record in part], place, kind)
         if metric != "answer_prior":
             _yes_no(collector, part, place, kind)
-            _pairs(collector, part, kind)
+            _pairs(collector, part, place, kind)
     return collector.rows, collector.per_image.finish()
 
 
@@ -159,11 +157,16 @@ class _Collector:
         self.place = place
         self.per_image = per_image
 
-    def mean(self, metric: str, scores: Sequence[float], clusters: Sequence[tuple[str, Hashable]], target: str) -> None:
+    def mean(
+        self,
+        metric: str,
+        scores: Sequence[float],
+        clusters: Sequence[tuple[str, Hashable]],
+        target: str,
+        unit: str = "questions",
+    ) -> None:
         low, high = interval(scores, clusters)
-        row = Measurement(
-            metric, float(np.mean(scores)), low=low, high=high, n=len(scores), unit="questions", target=target
-        )
+        row = Measurement(metric, float(np.mean(scores)), low=low, high=high, n=len(scores), unit=unit, target=target)
         ones = np.ones(len(scores))
         self._add(row, np.asarray(scores, dtype=np.float64), ones, clusters)
 
@@ -208,16 +211,15 @@ def _yes_no(
     collector.mean("answer_yes", said.astype(float).tolist(), place, kind)
 
 
-def _pairs(collector: _Collector, records: Sequence[Record], kind: str) -> None:
+def _pairs(
+    collector: _Collector, records: Sequence[Record], clusters: Sequence[tuple[str, Hashable]], kind: str
+) -> None:
     together: dict[Hashable, list[bool]] = defaultdict(list)
-    for record in records:
+    where = {}
+    for record, cluster in zip(records, clusters, strict=True):
         if record.question.pair is not None:
             together[record.question.pair].append(record.correct)
+            where[record.question.pair] = cluster
     if together:
         right = [float(all(pair)) for pair in together.values()]
-        low, high = interval(right, list(together))
-        collector.rows.append(
-            Measurement(
-                "pair_accuracy", float(np.mean(right)), low=low, high=high, n=len(right), unit="pairs", target=kind
-            )
-        )
+        collector.mean("pair_accuracy", right, [where[pair] for pair in together], kind, "pairs")

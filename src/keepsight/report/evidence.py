@@ -70,7 +70,10 @@ def evidence(runs: Sequence[Run]) -> list[Block]:
 
 
 def answer_block(runs: Sequence[Run]) -> Block | None:
-    """Answer accuracy of every run and the text-only prior, for all questions and by type; None without rows."""
+    """Answers of every run and the text-only prior, for all questions and by type; None without rows.
+
+    F1 and pairs right have tracks of their own under the accuracy.
+    """
     targets = sorted(targets_of(runs, "answer_accuracy"), key=lambda target: target != "")
     tracks = []
     for target in targets:
@@ -83,6 +86,10 @@ def answer_block(runs: Sequence[Run]) -> Block | None:
             if row := run.at(Series("answer_accuracy", target), None):
                 dots.append(_share(number, row, "run", run.label))
         tracks.append(Track(target or "all questions", "", [*priors.values(), *dots]))
+        for name in ("answer_f1", "pair_accuracy"):
+            rows = [(number, run.at(Series(name, target), None)) for number, run in enumerate(runs)]
+            if dots := [_share(number, row, "run", runs[number].label) for number, row in rows if row]:
+                tracks.append(Track(target or "all questions", metric(name).title, dots))
     ticks = [(float(percent), f"{percent} %") for percent in (0, 25, 50, 75, 100)]
     return Block("Answers", tracks, ticks) if tracks else None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import write_difference
 from keepsight.results import Measurement, intervals
+from keepsight.results.changes import answer_difference
 from keepsight.results.intervals import Estimate
 
 Rows = tuple[Measurement | None, Measurement | None]
@@ -17,7 +18,7 @@ class Finding:
     """One number with an interval that either contains zero or does not."""
 
     metric: str  # "probe_drop", "probe_accuracy", "gap" or "answer_accuracy"
-    label: str  # what it is of: a target, "gap", "answers"
+    label: str  # what it is of: a target, "gap", "answers", "answers to" a task
     value: float | None
     low: float | None
     high: float | None
@@ -43,7 +44,12 @@ class Finding:
 
 
 def difference(base: Run, before: Measurement, other: Run, after: Measurement) -> Estimate:
-    """after − before with its 95 % interval, in pairs where both runs kept what each picture adds."""
+    """after − before with its 95 % interval: for answers to the same questions a bootstrap over pictures, else from the
+    two intervals, in pairs where both runs kept what each picture adds."""
+    if before.metric == "answer_accuracy":
+        found = answer_difference(base.loaded.answers, other.loaded.answers, before.target)
+        if found is not None and found.low is not None:
+            return found
     kept = base.loaded.per_image, other.loaded.per_image
     return intervals.difference(before, after, intervals.correlation(before, after, *kept))
 
@@ -73,10 +79,18 @@ def between(base: Run, other: Run) -> list[Finding]:
             found.append(_compared("probe_accuracy", target or "class", runs, pair, groups.get(target, "")))
     found = _by_group(found)
     found += _gap(lambda series: (base.at(series, base.middle), other.at(series, other.middle)), runs)
-    answers = Series("answer_accuracy")
-    if pair := _pair(base.at(answers, None), other.at(answers, None)):
-        found.append(_compared("answer_accuracy", "answers", runs, pair))
+    for target in tasks_of(base):
+        answers = Series("answer_accuracy", target)
+        if pair := _pair(base.at(answers, None), other.at(answers, None)):
+            label = f"answers to {target}" if target else "answers"
+            found.append(_compared("answer_accuracy", label, runs, pair))
     return found
+
+
+def tasks_of(run: Run) -> list[str]:
+    """Targets of the answers to whole tasks: "", or with several tasks their names, without those of types."""
+    targets = targets_of([run], "answer_accuracy")
+    return [""] if "" in targets else [t for t in targets if not any(t.startswith(f"{other}, ") for other in targets)]
 
 
 def _by_group(found: list[Finding]) -> list[Finding]:

@@ -77,6 +77,9 @@ METRICS = {
     "lens_entropy": Metric("Lens entropy", "Entropy of the words that a visual token would say, 1 for evenly spread"),
     "answer_accuracy": Metric("Answers", "Questions answered right", percent=True),
     "answer_prior": Metric("Text-only prior", "The same questions without the picture", percent=True),
+    "answer_f1": Metric("F1 of “yes”", "Yes/no questions: 2 × right yes ÷ (yes said + yes true)", percent=True),
+    "answer_yes": Metric("Answered yes", "Share of the yes/no questions", percent=True),
+    "pair_accuracy": Metric("Pairs", "Pairs whose questions are all answered right", percent=True),
     "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
     "pre_margin": Metric("PRe margin", "Cosine over that with another image's anchor at the same position"),
 }

@@ -9,6 +9,7 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup
 
+from keepsight.report.changed import changed
 from keepsight.report.curves import Run
 from keepsight.report.evidence import answer_block, evidence
 from keepsight.report.explorer import gather
@@ -21,7 +22,6 @@ COLOURS = 6  # in report.css; further runs start again from the first
 
 def render(runs: Sequence[Run], title: str, verdict: str) -> str:
     """The page as one string of HTML that needs nothing else."""
-    assets = resources.files("keepsight.report") / "assets"
     sections = [figures for section in SECTIONS if (figures := draw_section(runs, section))]
     shown, words = gather(runs)
     data = {
@@ -37,11 +37,13 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         ],
         "words": words,
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=jinja2.FunctionLoader(_asset)
+    )
     environment.filters["number"] = lambda row: write_number(row.metric, row.value)
     environment.filters["interval"] = lambda row: write_interval(row.metric, row.low, row.high)
     environment.filters["sample"] = write_sample
-    template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
+    template = environment.get_template("report.html.j2")
     return template.render(
         title=title,
         verdict=verdict,
@@ -52,6 +54,8 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         sections=sections,
         summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
         answers=answer_block(runs),
+        changed=changed(runs),
+        prior=any(run.select("answer_prior") for run in runs),
         said=said(runs),
         shown=shown,
         explored=any(item.maps for item in shown),
@@ -61,12 +65,16 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         facts=[_facts(run) for run in runs],
         data=data,
         # The page's own files and Plotly's, never anything that came with a run.
-        style=Markup((assets / "report.css").read_text(encoding="utf-8")),
-        theme=Markup((assets / "theme.js").read_text(encoding="utf-8")),
-        script=Markup((assets / "report.js").read_text(encoding="utf-8")),
-        explorer=Markup((assets / "explorer.js").read_text(encoding="utf-8")),
+        style=Markup(_asset("report.css")),
+        theme=Markup(_asset("theme.js")),
+        script=Markup(_asset("report.js")),
+        explorer=Markup(_asset("explorer.js")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
     )
+
+
+def _asset(name: str) -> str:
+    return (resources.files("keepsight.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -1,16 +1,15 @@
 """Example pictures for the page: embedded, with the outlines of the mask's objects as vector paths."""
 
 import base64
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from keepsight.results import Example
+from keepsight.results.thumbnails import encode, shrink
 
 LONGEST_SIDE = 480  # pixels in the page; masks are brought to the same size
-_PHOTO = 128 * 128  # pictures above this many pixels are stored as JPEG
 IGNORE = 255
 
 
@@ -41,26 +40,20 @@ def show(example: Example) -> Picture:
             f"the mask of example '{example.name}' is {mask.shape}, its picture {(image.height, image.width)} "
             "(rows, columns); give a mask of the picture's size"
         )
-    scale = min(1.0, LONGEST_SIDE / max(image.size))
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        if mask is not None:
-            mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    image = shrink(image, LONGEST_SIDE)
+    if mask is not None:
+        mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
     values = [] if mask is None else sorted(set(np.unique(mask).tolist()) - {0, IGNORE})
-    small = image.width * image.height <= _PHOTO
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG") if small else image.save(buffer, format="JPEG", quality=88)
-    kind = "png" if small else "jpeg"
+    kind, content = encode(image)
     return Picture(
-        uri=f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
+        uri=f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
         width=image.width,
         height=image.height,
         outline="" if mask is None else outline(mask),
         objects=[outline(np.where(mask == value, value, 0)) for value in values],
         name=example.name,
         caption=example.caption,
-        pixelated=small,
+        pixelated=kind == "png",
     )
 
 

@@ -23,6 +23,7 @@ from keepsight.report.metrics import (
 from keepsight.results import LoadedRun, Measurement, RunDirectory
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens")  # for the terminal
+ANSWERS = ("answer_accuracy", "answer_prior", "answer_f1", "answer_yes", "pair_accuracy")
 _ALL_VARIANTS = ("gap",)  # the headline of the patch structure: raw and centred side by side
 
 
@@ -54,14 +55,15 @@ def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
     lines = [line for name in wanted for item in _series(runs, name) for line in _lines(runs, *item)]
     if full:
         return lines
-    return lines + answers(runs)[:1]
+    said = answers(runs)
+    return lines + said[:1] if lines else said  # a run of answers only: by type, too
 
 
 def answers(runs: Sequence[Run]) -> list[Line]:
-    """Answer accuracy and the text-only prior, all questions first, then by question type."""
+    """Answer accuracy and its kin, all questions first, then by question type."""
     lines = []
     for target in sorted(targets_of(runs, "answer_accuracy"), key=lambda target: target != ""):
-        for name in ("answer_accuracy", "answer_prior"):
+        for name in ANSWERS:
             rows = [run.at(Series(name, target), None) for run in runs]
             if any(rows):
                 title = f"{metric(name).title}, {target or 'all questions'}"
@@ -72,7 +74,7 @@ def answers(runs: Sequence[Run]) -> list[Line]:
 def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
     """(run, what, row) of every row without a layer, and of every metric that no figure shows."""
     shown = {name for section in SECTIONS for name in (*section.metrics, *section.more)}
-    apart = {"answer_accuracy", "answer_prior", "probe_chance"}
+    apart = {"answer_accuracy", "answer_prior", "answer_f1", "pair_accuracy", "probe_chance"}  # in figures of their own
     found = []
     for run in runs:
         for series, curve in run.curves.items():

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 
 from keepsight.results.intervals import mean_interval
+from keepsight.results.loaded import LoadedRun
 from keepsight.results.measurement import Key, Measurement
 from keepsight.results.per_image import PerImage
-from keepsight.results.run import LoadedRun
 
 Over = Literal["seeds", "images"]
 
@@ -53,7 +53,7 @@ def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:
     kept = PerImage(_seed_names(runs), keys, values) if over == "seeds" else _average(runs)
     pooled = [_row(indexed[0][key], key, row, kept, over, len(runs)) for key, row in zip(keys, values, strict=True)]
     seeds = sorted({seed for run in runs if (seed := training_seed(run)) is not None})
-    return replace(first, rows=pooled, info={**first.info, "seeds": seeds}, per_image=kept)
+    return replace(first, rows=pooled, info={**first.info, "seeds": seeds}, per_image=kept, answers=())
 
 
 def training_seed(run: LoadedRun) -> int | None:

@@ -5,49 +5,32 @@ run.json       kind ("diagnosis", "training"), label, command, versions, model, 
 config.yaml    the resolved configuration
 per_image.npy  what each picture adds to each number, and per_image.json, of what; for paired comparisons
 examples/      pictures, masks, similarity maps and examples.json
+answers.jsonl  one `AnswerRecord` a line: what was asked and answered; thumbnails.zip, the pictures that it is about
 report.html    written by keepsight.report
 """
 
 import datetime
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
+from keepsight.results.answers import AnswerRecord, read_answers, write_answers
 from keepsight.results.examples import Example, read_examples, write_examples
 from keepsight.results.layout import EXAMPLES, RUN_FILE, check_vacant, kind_of, own_entries, read_info, swap
+from keepsight.results.loaded import LoadedRun
 from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, read_per_image, write_per_image
 from keepsight.results.provenance import command_line, prompt_hash, versions
 from keepsight.results.staging import room
 from keepsight.results.storage import make_folder, to_json, write_file
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run in memory; what the report reads."""
-
-    label: str
-    rows: Sequence[Measurement]
-    info: Mapping[str, Any] = field(default_factory=dict)  # the content of run.json
-    config: str = ""  # YAML
-    examples: Sequence[Example] = ()
-    per_image: PerImage | None = None
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds behind the numbers: `seeds` of run.json, else those of the rows, else its `seed`."""
-        listed = self.info.get("seeds")
-        if not listed:
-            listed = {row.seed for row in self.rows if row.seed is not None}
-        if not listed and self.info.get("seed") is not None:
-            listed = [self.info["seed"]]
-        return sorted(listed)
+from keepsight.results.thumbnails import read_thumbnails, write_thumbnails
 
 
 class RunDirectory:
@@ -230,6 +213,18 @@ class RunDirectory:
         """The pictures of examples/, in order; an empty list if there are none."""
         return read_examples(self.path / EXAMPLES)
 
+    def write_answers(self, answers: Iterable[AnswerRecord]) -> None:
+        """Write answers.jsonl, in place of the one that was there."""
+        write_answers(self.path, answers)
+
+    def read_answers(self) -> list[AnswerRecord]:
+        """What was asked and answered, in the order of the questions; an empty list if there is nothing."""
+        return read_answers(self.path)
+
+    def write_thumbnails(self, pictures: Iterable[tuple[str, str, Image.Image]]) -> int:
+        """Keep small copies of the pictures that the answers are about: (task, name, picture) each. How many."""
+        return write_thumbnails(self.path, pictures)
+
     def load(self) -> LoadedRun:
         """The whole run in memory. A run without rows yet has none.
 
@@ -244,6 +239,8 @@ class RunDirectory:
             config=config.read_text(encoding="utf-8") if config.is_file() else "",
             examples=self.read_examples(),
             per_image=read_per_image(self.path),
+            answers=self.read_answers(),
+            thumbnails=read_thumbnails(self.path),
         )
 
     def _write_info(self) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from keepsight.diagnosis import diagnose
-from keepsight.evaluation import Question, evaluate
+from keepsight.evaluation import Question, evaluate, keep
 from keepsight.results import Measurement, RunDirectory, merged
 from keepsight.testbed.drawing import render
 from keepsight.testbed.folders import vqa_items
@@ -46,10 +46,12 @@ def look_inside(
         label_run=arm.label,
         progress=False,
     )
-    answers = evaluate(model, processor, vqa_items(asked, turns), batch_size=64, max_new_tokens=4)
+    items = vqa_items(asked, turns)
+    answers = evaluate(model, processor, items, batch_size=64, max_new_tokens=4)
     arm.write_rows([*result.rows, *answers.rows, *prior])
     arm.write_per_image(merged([part for part in (result.per_image, answers.per_image) if part is not None]))
     arm.write_examples(result.examples)
+    keep(arm, {"testbed": items}, {"testbed": answers})
     kept = ("depth", "width", "prompt", "counts", "targets")
     arm.update(**{key: result.info[key] for key in kept}, seeds=[seed])
     return arm

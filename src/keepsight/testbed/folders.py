@@ -18,10 +18,11 @@ from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
 from keepsight.testbed.scenes import ASKED, UNASKED, Scene
 
 _WRITTEN = frozenset({"images", "masks", "captions.json", "questions.json", "labels.json"})
-_PICTURE = re.compile(r"\d+-\d{6}\.png")  # what `_name` makes of a scene
+_PICTURE = re.compile(r"\d+-\d{6}\.png")  # what `name_of` makes of a scene
 
 
-def _name(scene: Scene) -> str:
+def name_of(scene: Scene) -> str:
+    """Of the scene's files, without a suffix."""
     return f"{scene.seed}-{scene.index:06d}"
 
 
@@ -31,7 +32,7 @@ def conversation(scene: Scene, turns: Sequence[tuple[str, str]]) -> dict[str, An
     for number, (question, answer) in enumerate(turns):
         said.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
         said.append({"from": "gpt", "value": answer})
-    return {"id": _name(scene), "image": f"{_name(scene)}.png", "conversations": said}
+    return {"id": name_of(scene), "image": f"{name_of(scene)}.png", "conversations": said}
 
 
 def write_folder(folder: str | Path, scenes: Sequence[Scene], *, turns: int = 6) -> Path:
@@ -52,15 +53,15 @@ def write_folder(folder: str | Path, scenes: Sequence[Scene], *, turns: int = 6)
         (folder / part).mkdir(parents=True, exist_ok=True)
     pictures, masks = render(scenes)
     for scene, pixels, mask in zip(scenes, pictures, masks, strict=True):
-        Image.fromarray(pixels).save(folder / "images" / f"{_name(scene)}.png")
-        Image.fromarray(mask).save(folder / "masks" / f"{_name(scene)}.png")
+        Image.fromarray(pixels).save(folder / "images" / f"{name_of(scene)}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{name_of(scene)}.png")
     truth = [scene.labels() for scene in scenes]
     asked = {scene: [(t.question, t.answer) for t in questions(scene, turns)] for scene in scenes}
     contents = {
         "captions.json": [conversation(scene, [(CAPTION_REQUEST, caption(scene))]) for scene in scenes],
         "questions.json": [conversation(scene, asked[scene]) for scene in scenes],
         "labels.json": {
-            "images": [f"{_name(scene)}.png" for scene in scenes],
+            "images": [f"{name_of(scene)}.png" for scene in scenes],
             "labels": {target: [row[target] for row in truth] for target in (*ASKED, *UNASKED)},
             "asked": list(ASKED),
             "unasked": list(UNASKED),
@@ -95,6 +96,6 @@ def vqa_items(scenes: Sequence[Scene], turns: int = 6) -> list[Question]:
     for scene, pixels in zip(scenes, render(scenes)[0], strict=True):
         image = Image.fromarray(pixels)
         for turn in questions(scene, turns):
-            name = _name(scene)
+            name = name_of(scene)
             items.append(Question(turn.question, turn.answer, image, turn.kind, picture=name))
     return items

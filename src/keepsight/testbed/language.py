@@ -101,13 +101,18 @@ def _count(scene: Scene, rng: np.random.Generator) -> Turn | None:
     return Turn(f"how many {PLURALS[shape]} ?", NUMBERS[found], "how many")
 
 
+def exists(color: str, shape: str) -> str:
+    """The question for an object."""
+    return f"is there a {color} {shape} ?"
+
+
 def _exists(scene: Scene, rng: np.random.Generator) -> Turn | None:
     present = {(o.color, o.shape) for o in scene.objects}
     color, shape = _choose(rng, sorted(present))
     if rng.random() < 0.5:  # near misses: one of the two properties is really there
         other = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
         color, shape = _choose(rng, [pair for pair in other if pair not in present])
-    return Turn(f"is there a {color} {shape} ?", "yes" if (color, shape) in present else "no", "is there")
+    return Turn(exists(color, shape), "yes" if (color, shape) in present else "no", "is there")
 
 
 def _left(scene: Scene, rng: np.random.Generator) -> Turn | None:
