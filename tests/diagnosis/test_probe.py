@@ -8,6 +8,7 @@ from sklearn.preprocessing import StandardScaler
 
 from keepsight.diagnosis.logistic import objective, solve
 from keepsight.diagnosis.probe import (
+    L2_GRID,
     drop_with_interval,
     fit_probes,
     probe_rows,
@@ -101,13 +102,22 @@ def test_shuffled_labels_are_at_chance():
     assert np.mean([run.correct for run in runs]) == 1.0
 
 
-def test_memory_bound_does_not_change_the_result(monkeypatch):
+@pytest.mark.parametrize("bound", ["MEMORY", "STRENGTHS_MEMORY"])
+def test_memory_bound_does_not_change_the_result(monkeypatch, bound):
     layers, labels = planted()
     together = fit_probes(lambda layer: layers[layer], range(4), labels)
-    monkeypatch.setattr("keepsight.diagnosis.probe.MEMORY", 1)
+    sizes = []
+
+    def counted(x, y, l2, classes, known):
+        sizes.append((len(x), len(l2)))
+        return solve(x, y, l2, classes, known=known)
+
+    monkeypatch.setattr("keepsight.diagnosis.probe.solve", counted)
+    monkeypatch.setattr(f"keepsight.diagnosis.probe.{bound}", 1)
     one_by_one = fit_probes(lambda layer: layers[layer], range(4), labels)
     np.testing.assert_array_equal(together.correct, one_by_one.correct)
     np.testing.assert_array_equal(together.l2, one_by_one.l2)
+    assert set(sizes) == {(1, len(L2_GRID)) if bound == "MEMORY" else (4, 1)}
 
 
 def test_nothing_to_lose_gives_no_drop():

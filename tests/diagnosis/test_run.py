@@ -215,6 +215,7 @@ def test_what_each_picture_adds_averages_to_the_number(result, world):
     assert set(kept.images) == {str(path.relative_to(world[0])) for path in world[0].rglob("*.png")}
     metrics = {key.metric for key in kept.keys}
     assert metrics >= {"probe_accuracy", "probe_drop", "cohesion", "coupling", "gap", "contrast", "token_homogeneity"}
+    assert metrics >= {"fidelity", "fidelity_cosine", "silencing", "lens_entropy", "neighbour_agreement"}
     for key in kept.keys:
         if rows[key].value is not None:
             assert np.nanmean(kept.of(key)) == pytest.approx(rows[key].value, rel=1e-5, abs=1e-5), key

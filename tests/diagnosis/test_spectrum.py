@@ -13,6 +13,7 @@ from keepsight.diagnosis.spectrum import (
     components,
     correlation,
     covariance_of,
+    eigen,
     entropy_rank,
     feature_correlation,
     jackknife,
@@ -89,6 +90,18 @@ def test_agrees_with_scikit_learn():
     pearson = np.corrcoef(tokens.double().T)
     expected = np.abs(pearson[np.triu_indices(20, 1)]).mean()
     assert found["feature_correlation", ""].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_eigenvalues_of_float32_vectors_are_good_to_float64():
+    basis = torch.linalg.qr(torch.randn(200, 200, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).Q
+    planted = torch.logspace(0, -3, 200, dtype=torch.float64)
+    planted[120:] = 0
+    matrix = (basis * planted) @ basis.T
+    found, vectors = eigen(matrix)
+    assert vectors.dtype is torch.float32
+    torch.testing.assert_close(found.sort(descending=True).values, planted, rtol=0, atol=1e-10)
+    rounded = torch.linalg.eigvalsh(matrix.float()).double().sort(descending=True).values
+    assert (rounded - planted).abs().max() > 1e-7  # what the quotients are for
 
 
 def test_planted_dimension():

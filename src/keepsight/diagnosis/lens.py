@@ -8,7 +8,6 @@ whatever the picture, no longer say what they show.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.results import Measurement
-from keepsight.results.intervals import Estimate, mean_interval, ratio_interval
+from keepsight.results import Measurement, PerImageBuilder
+from keepsight.results.intervals import Estimate, mean_interval, ratio_interval, ratio_shares
 from keepsight.vlm import Vlm
 
 LAYERS = 11  # that the lens looks at, of more evenly spread ones
@@ -25,6 +24,7 @@ TOKENS = 256  # of the sample that the lens takes: a large vocabulary costs as m
 LISTED = 1600  # one token in so many of the vocabulary may be listed as frequent
 SHOWN = 10  # listed tokens that a row names
 CHUNK = 1 << 23  # logits at a time
+CACHED = 1 << 18  # of them, that stay in a core's cache while their entropy is taken
 
 Readout = Callable[[Tensor], Tensor]
 
@@ -90,11 +90,21 @@ def top_and_entropy(hidden: Tensor, read: Readout) -> tuple[Tensor, Tensor, int]
     size = first.shape[1]
     tops, entropies = [], []
     for part in hidden.split(max(1, CHUNK // size)):
-        logits = read(part)
-        tops.append(logits.argmax(dim=1))
-        log_p = torch.log_softmax(logits, dim=1)
-        entropies.append(-(log_p.exp() * log_p).sum(dim=1) / np.log(size))
+        for logits in read(part).split(max(1, CACHED // size)):
+            largest, top = logits.max(dim=1)
+            shifted = logits - largest[:, None]
+            shares = shifted.exp()
+            total = shares.sum(dim=1)
+            tops.append(top)
+            # −Σ p log p with log p = shifted − log total, without forming it
+            entropies.append((total.log() - torch.linalg.vecdot(shares, shifted) / total) / np.log(size))
     return torch.cat(tops), torch.cat(entropies), size
+
+
+def top_tokens(hidden: Tensor, read: Readout) -> Tensor:
+    """Most probable token [T] of hidden [T, d], without what its entropy would cost."""
+    size = read(hidden[:1]).shape[1]
+    return torch.cat([read(part).argmax(dim=1) for part in hidden.split(max(1, CHUNK // size))])
 
 
 def silencing(top: np.ndarray, image: np.ndarray, listing: np.ndarray, k: int) -> tuple[Estimate, int, list[int]]:
@@ -110,12 +120,21 @@ def silencing(top: np.ndarray, image: np.ndarray, listing: np.ndarray, k: int) -
     """
     making = listing[image]
     ids, counts = np.unique(top[making], return_counts=True)
-    listed = ids[np.lexsort((ids, -counts))][:k]
-    owners, where = np.unique(image[~making], return_inverse=True)
-    hits = np.bincount(where, np.isin(top[~making], listed), minlength=len(owners))
-    if not len(owners) or not len(listed):
+    listed = ids[np.lexsort((ids, -counts))][:k].tolist()
+    owners, hits, tokens = listed_tokens(top, image, listing, listed)
+    if not len(owners) or not listed:
         return Estimate(None, note="too few images to list tokens on one half and score the other"), len(owners), []
-    return ratio_interval(hits, np.bincount(where).astype(float)), len(owners), listed.tolist()
+    return ratio_interval(hits, tokens), len(owners), listed
+
+
+def listed_tokens(
+    top: np.ndarray, image: np.ndarray, listing: np.ndarray, listed: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The images scored, how many tokens of each say a listed one, and how many it has."""
+    scored = ~listing[image]
+    owners, where = np.unique(image[scored], return_inverse=True)
+    hits = np.bincount(where, np.isin(top[scored], listed), minlength=len(owners))
+    return owners, hits, np.bincount(where, minlength=len(owners)).astype(float)
 
 
 class Lens:
@@ -125,12 +144,20 @@ class Lens:
         read: from `readout`, or the reason why there is none.
         decode: from a token's id to its text.
         middle_layer: a layer that is never left out.
+        per_image: takes what each image adds to each number.
     """
 
     def __init__(
-        self, accumulator: Accumulator, read: Readout | str, decode: Callable[[int], str], seed: int, middle_layer: int
+        self,
+        accumulator: Accumulator,
+        read: Readout | str,
+        decode: Callable[[int], str],
+        seed: int,
+        middle_layer: int,
+        per_image: PerImageBuilder,
     ) -> None:
         self.accumulator = accumulator
+        self.per_image = per_image
         self.read = read
         self.decode = decode
         self.seed = seed
@@ -155,12 +182,13 @@ class Lens:
         first, evenness, size = top_and_entropy(hidden, self.read)
         top, entropy = first.cpu().numpy(), evenness.double().cpu().numpy()
         kept = (torch.linalg.vector_norm(hidden, dim=1) <= known.threshold).cpu().numpy()
-        found = self._rows(top, entropy, self.image, size, layer)
-        bare = found if kept.all() else self._rows(top[kept], entropy[kept], self.image[kept], size, layer)
-        return found + [replace(row, tokens="without sinks") for row in bare]
+        found = self._rows(top, entropy, self.image, size, layer, "all")
+        if not kept.all():
+            top, entropy = top[kept], entropy[kept]
+        return found + self._rows(top, entropy, self.image[kept], size, layer, "without sinks")
 
     def _rows(
-        self, top: np.ndarray, entropy: np.ndarray, image: np.ndarray, size: int, layer: int
+        self, top: np.ndarray, entropy: np.ndarray, image: np.ndarray, size: int, layer: int, tokens: str
     ) -> list[Measurement]:
         k = max(1, round(size / LISTED))
         share, scored, listed = silencing(top, image, self.listing, k)
@@ -171,11 +199,14 @@ class Lens:
         said = f"{len(top)} tokens; {k} of {size} listed" + (f", most frequent: {', '.join(shown)}" if shown else "")
         owners = np.unique(image)
         means = np.array([entropy[image == one].mean() for one in owners])
-        common: dict[str, Any] = {"layer": layer, "seed": self.seed}
+        common: dict[str, Any] = {"layer": layer, "seed": self.seed, "tokens": tokens}
         note = "; ".join(filter(None, [share.note, said]))
-        return [
-            Measurement("silencing", **share.fields, n=scored, note=note, **common),
-            Measurement(
-                "lens_entropy", **mean_interval(means).fields, n=len(owners), note=f"{len(top)} tokens", **common
-            ),
-        ]
+        silent = Measurement("silencing", **share.fields, n=scored, note=note, **common)
+        spread = Measurement(
+            "lens_entropy", **mean_interval(means).fields, n=len(owners), note=f"{len(top)} tokens", **common
+        )
+        if silent.value is not None:
+            images, hits, counts = listed_tokens(top, image, self.listing, listed)
+            self.per_image.add(silent.key, ratio_shares(hits, counts), images)
+        self.per_image.add(spread.key, means, owners)
+        return [silent, spread]

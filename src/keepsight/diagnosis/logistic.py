@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 HISTORY = 4
+Basis = tuple[Tensor, Tensor, Tensor]
 STAGNATION = 8  # steps without progress beyond float32 noise
 SHRINK = 0.85  # finished problems are dropped once the others are at most this share
 
@@ -46,7 +47,7 @@ def objective(x: Tensor, y: Tensor, l2: Tensor, weights: Tensor, intercept: Tens
     return loss + 0.5 * l2.double() * weights.double().square().sum(dim=(2, 3))
 
 
-def _basis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def basis(x: Tensor) -> Basis:
     """Features in the eigenbasis of the Gram matrix [P, n, r], squared singular values [P, r], map back [P, d, r]."""
     n, d = x.shape[1:]
     if n > d:
@@ -157,19 +158,29 @@ class _History:
         return -(q + s.transpose(2, 3) @ step[..., None]).view_as(gradient)
 
 
-def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = 1e-4, max_steps: int = 500) -> Solution:
+def solve(
+    x: Tensor,
+    y: Tensor,
+    l2: Tensor,
+    classes: int,
+    *,
+    known: Basis | None = None,
+    tolerance: float = 1e-4,
+    max_steps: int = 500,
+) -> Solution:
     """Solve all P × R problems together; those that have converged drop out.
 
     Args:
         x: [P, n, d] standardised features of P layers.
         y: [n] class indices; l2: [R] strengths λ > 0; classes: C.
+        known: `basis(x)`, where it was computed before.
         tolerance: a problem has converged when the decrease that the Hessian model still promises is below this share
             of its objective, or when float32 allows no further progress.
 
     Returns:
         The solutions in the coordinates of `x`.
     """
-    features, squares, back = _basis(x)
+    features, squares, back = basis(x) if known is None else known
     problems, history = _Problems(features, squares, l2, y, classes), _History()
     p, r, width = features.shape[0], l2.shape[0], features.shape[2]
     solution = x.new_zeros(p, r, classes, width + 1)

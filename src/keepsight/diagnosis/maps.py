@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.lens import Readout, top_and_entropy
+from keepsight.diagnosis.lens import Readout, top_tokens
 from keepsight.diagnosis.passes import forward
 from keepsight.results.maps import COMPONENTS, SimilarityMap, compress
 from keepsight.vlm import Vlm
@@ -42,7 +42,7 @@ def similarity_maps(
         def take(layer: int, tokens: Tensor, packed: list = packed, said: list = said) -> None:
             packed.append(compress(tokens.float().cpu().numpy(), components))
             if read is not None:
-                said.append(top_and_entropy(tokens, read)[0].cpu().numpy())
+                said.append(top_tokens(tokens, read).cpu().numpy())
 
         with torch.no_grad():
             forward(vlm, decoded, layers, take)

@@ -20,7 +20,8 @@ from keepsight.results import Measurement
 from keepsight.vlm import Vlm
 from keepsight.vlm.features import before_decoder
 
-NULLS = ("random_weights",)
+RANDOM = "random_weights"
+NULLS = (RANDOM,)
 OWN_CONTROLS = (SHUFFLED, OTHER, PLACE, PERMUTED)
 ONE_LAYER = ("probe_drop", "probe_worst_layer")
 RANDOM_WEIGHTS = "random weights"  # in the rows' variant

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.logistic import solve
+from keepsight.diagnosis.logistic import Basis, basis, solve
 from keepsight.results import Measurement
 
 L2_GRID = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # of the mean loss: 1e-4 … 10
@@ -24,6 +24,7 @@ VALIDATION, TEST = 0.2, 0.2
 SHUFFLED = "shuffled labels"
 RESAMPLES = 2000
 MEMORY = 16 << 20  # bytes that the layers fitted together may take
+STRENGTHS_MEMORY = 2 << 30  # bytes that the strengths of one layer fitted together may take
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ def fit_probes(
         start += len(chunk)
         z = standardise(torch.stack(chunk), split.train)
         del chunk, first
+        known_basis = basis(z[:, split.train])
         for kind, target in (("true", y), ("shuffled", shuffled)):
-            fits[kind].append(_fit(z, target, y, split, l2, len(names)))
+            fits[kind].append(_fit(z, known_basis, target, y, split, l2, len(names)))
     validation, strength, correct = (np.concatenate(part) for part in zip(*fits["true"], strict=True))
     majority = torch.bincount(y[split.train], minlength=len(names)).argmax()
     return Probe(
@@ -151,22 +153,34 @@ def standardise(x: Tensor, train: np.ndarray) -> Tensor:
 
 def _bytes_per_layer(n: int, d: int, classes: int, strengths: int) -> int:
     width = min(n, d)
-    return 4 * (
-        3 * n * d + 2 * n * width + 3 * width * width + 8 * strengths * n * classes + 16 * strengths * width * classes
-    )
+    return 4 * (3 * n * d + 2 * n * width + 3 * width * width) + strengths * _bytes_per_strength(n, d, classes)
+
+
+def bytes_together(n: int, d: int, classes: int, strengths: int) -> int:
+    """What fitting one layer on n pictures takes at most, with as many strengths together as are allowed."""
+    together = min(strengths, max(1, STRENGTHS_MEMORY // _bytes_per_strength(n, d, classes)))
+    return _bytes_per_layer(n, d, classes, together)
+
+
+def _bytes_per_strength(n: int, d: int, classes: int) -> int:
+    return 4 * (8 * n * classes + 16 * min(n, d) * classes)
 
 
 def _fit(
-    z: Tensor, target: Tensor, truth: Tensor, split: Split, l2: Tensor, classes: int
+    z: Tensor, known: Basis, target: Tensor, truth: Tensor, split: Split, l2: Tensor, classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Validation accuracy [P] and strength [P] of the best fit, and its test answers [P, n_test]."""
-    solution = solve(z[:, split.train], target[split.train], l2, classes)
-    guess = _predict(z[:, split.validation], solution.weights, solution.intercept)  # [P, R, n]
+    together = max(1, STRENGTHS_MEMORY // (len(z) * _bytes_per_strength(len(split.train), z.shape[2], classes)))
+    parts = [solve(z[:, split.train], target[split.train], some, classes, known=known) for some in l2.split(together)]
+    all_weights, intercepts = (
+        torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("weights", "intercept")
+    )
+    guess = _predict(z[:, split.validation], all_weights, intercepts)  # [P, R, n]
     accuracy = (guess == target[split.validation]).double().mean(dim=2)
     # Of equally good strengths, the strongest: the simpler classifier.
     chosen = len(l2) - 1 - accuracy.flip(1).argmax(dim=1)
     layer = torch.arange(len(z))
-    weights, intercept = solution.weights[layer, chosen][:, None], solution.intercept[layer, chosen][:, None]
+    weights, intercept = all_weights[layer, chosen][:, None], intercepts[layer, chosen][:, None]
     answers = _predict(z[:, split.test], weights, intercept)[:, 0]
     return accuracy[layer, chosen].numpy(), l2[chosen].numpy(), (answers == truth[split.test]).numpy()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -99,35 +100,45 @@ def fit_ridge(
     if not sums.count or not (part == VALIDATION).any() or not (part == TEST).any():
         raise ValueError("ridge regression needs training, validation and test tokens; one of the parts is empty")
     scale, scales = sums.scales()
-    values, vectors = torch.linalg.eigh(sums.correlation(scale))
-    projected = {name: vectors.T @ sums.products(name, scale, scales[name]) for name in targets}  # [d, m]
-    alphas = torch.tensor(list(strengths), dtype=torch.float64, device=values.device)
-    shrink = 1 / (values.clamp(min=0) + alphas[:, None])  # [A, d]
-
-    some = {name: directions(weights.shape[1], CHOOSING, seed).to(weights) for name, weights in projected.items()}
-    errors = {name: torch.zeros(len(alphas), dtype=torch.float64) for name in targets}
+    correlation = sums.correlation(scale)
+    products = {name: sums.products(name, scale, scales[name]) for name in targets}  # [d, m]
+    some = {name: directions(product.shape[1], CHOOSING, seed).to(product) for name, product in products.items()}
+    reduced = torch.cat([products[name] @ some[name] for name in targets], dim=1)
+    # A few Cholesky factors cost a fraction of one eigendecomposition.
+    maps = torch.cat([torch.cholesky_solve(reduced, _factor(correlation, alpha)) for alpha in strengths], dim=1)
+    errors = torch.zeros(len(strengths), reduced.shape[1], dtype=torch.float64, device=reduced.device)
     for rows, x in _only(blocks, part, VALIDATION):
-        z = scale(x) @ vectors
-        for name, read in targets.items():
-            y, weights = scales[name](read(rows)) @ some[name], projected[name] @ some[name]
-            for a in range(len(alphas)):
-                errors[name][a] += float((y - (z * shrink[a]) @ weights).square().sum())
+        z, y = scale(x), torch.cat([scales[name](read(rows)) @ some[name] for name, read in targets.items()], dim=1)
+        errors += (z @ maps).view(len(z), *errors.shape).sub_(y[:, None]).square_().sum(dim=0)
+    sizes = [some[name].shape[1] for name in targets]
     # Of equally good strengths, the strongest: the simpler map.
-    chosen = {name: len(alphas) - 1 - int(error.flip(0).argmin()) for name, error in errors.items()}
-    maps = {name: vectors @ (shrink[chosen[name]][:, None] * projected[name]) for name in targets}
+    chosen = {
+        name: len(strengths) - 1 - int(error.sum(dim=1).flip(0).argmin())
+        for name, error in zip(targets, errors.split(sizes, dim=1), strict=True)
+    }
+    factors = {a: _factor(correlation, strengths[a]) for a in set(chosen.values())}
+    final = {name: torch.cholesky_solve(product, factors[chosen[name]]) for name, product in products.items()}
+    del factors, correlation, maps
 
     images = int(image.max()) + 1
     tables = {name: np.zeros((4, images)) for name in targets}
     for rows, x in _only(blocks, part, TEST):
         z, owner = scale(x), image[rows]
         for name, read in targets.items():
-            tables[name] += per_image(z @ maps[name], scales[name](read(rows)), owner, images)
+            tables[name] += per_image(z @ final[name], scales[name](read(rows)), owner, images)
     tested = np.unique(image[part == TEST])
     scores = {
-        name: score_of(float(alphas[chosen[name]]), table, tested, scales[name].constant)
+        name: score_of(float(strengths[chosen[name]]), table, tested, scales[name].constant)
         for name, table in tables.items()
     }
     return Fit(scores, int(sums.count), int((part == TEST).sum()), scale.constant)
+
+
+def _factor(correlation: Tensor, alpha: float) -> Tensor:
+    """Cholesky factor [d, d] of the correlation matrix with α on its diagonal."""
+    regularised = correlation.clone()
+    regularised.diagonal().add_(alpha)
+    return torch.linalg.cholesky(regularised)
 
 
 def per_image(prediction: Tensor, truth: Tensor, owner: np.ndarray, images: int) -> np.ndarray:
@@ -197,6 +208,7 @@ def _only(blocks: Blocks, part: np.ndarray, wanted: int) -> Iterable[tuple[np.nd
             yield rows[chosen], x[torch.from_numpy(chosen).to(x.device)]
 
 
+@lru_cache(maxsize=8)
 def directions(width: int, count: int, seed: int) -> Tensor:
     """[width, count] float64, orthonormal and seeded; the identity where there are no more channels than that."""
     if width <= count:

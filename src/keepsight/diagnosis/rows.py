@@ -18,7 +18,7 @@ from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm
 
 METRICS = ("probes", "structure", "objects", "bleeding", "spectrum", "fidelity", "lens", "maps")
-# What keeps a diagnosis within 1.25 times the plain forward on a model of 135 M parameters (benchmarks/capture.py).
+# What a diagnosis without asking takes: benchmarks/capture.py measures it against the plain forward.
 DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("bleeding", "objects"))
 MASKED = ("structure", "objects", "bleeding")  # groups that masks are needed for
 STRUCTURE = ("cohesion", "coupling", "gap", "contrast")
@@ -73,12 +73,14 @@ def all_rows(
             rows += spectrum_rows(accumulator, position, seed=seed)
     if "fidelity" in wanted:
         fidelity = Fidelity(accumulator, per_image, seed)
-        similarity = Similarity(accumulator, seed)
+        similarity = Similarity(accumulator, per_image, seed)
         rows += fidelity.general_rows()
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
     if "lens" in wanted:
-        lens = Lens(accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle)
+        lens = Lens(
+            accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle, per_image
+        )
         for position in tracked(positions, "lens", progress):
             rows += lens.rows(position)
     return rows

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader
 from keepsight.diagnosis.data import find_pictures
-from keepsight.diagnosis.examples import choose_examples, open_examples
-from keepsight.diagnosis.kept import TAKEN, open_kept
-from keepsight.diagnosis.maps import similarity_maps
-from keepsight.diagnosis.nulls import RANDOM_WEIGHTS, as_null, random_weights, wanted_nulls
-from keepsight.diagnosis.passes import measure
+from keepsight.diagnosis.examples import open_examples
+from keepsight.diagnosis.nulls import RANDOM, wanted_nulls
 from keepsight.diagnosis.prepare import check_labels, check_settings, chosen_layers, initial_encoder
-from keepsight.diagnosis.pruning import check_prunings, pruning_rows
+from keepsight.diagnosis.pruning import check_prunings
 from keepsight.diagnosis.result import Diagnosis
-from keepsight.diagnosis.rows import DEFAULT_METRICS, MASKED, all_rows, open_lens, wanted_metrics
+from keepsight.diagnosis.rows import DEFAULT_METRICS, MASKED, wanted_metrics
 from keepsight.diagnosis.selection import select
-from keepsight.diagnosis.summary import too_small
-from keepsight.processes import team
-from keepsight.results import Measurement, PerImageBuilder, fingerprint, prompt_hash, versions
-from keepsight.results.maps import SimilarityMap
+from keepsight.diagnosis.study import Study
+from keepsight.processes import team as team_of
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
-from keepsight.vlm.inference import inference
 from keepsight.vlm.pruning import Pruning
 
 
@@ -84,7 +75,7 @@ def diagnose(
         exact: take all tokens where the default takes a seeded sample (spectrum, fidelity). They go to the temporary
             folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
-            sixteen pictures unless given, but 8 to 32.
+            64 pictures unless given, but 8 to 32.
         metrics: which groups of numbers: "probes", "structure", "objects", "bleeding", "spectrum", "fidelity", "lens",
             "maps"; or "all". Default: all but objects and bleeding. Norms, sinks and homogeneity are always there.
         nulls: null models that cost a diagnosis of their own: "random_weights", a language model of the same shape and
@@ -110,19 +101,14 @@ def diagnose(
         RuntimeError: another process failed (`several_processes`).
         StorageError: `keep_features` cannot be written.
     """
-    vlm = Vlm(model)
-    wanted, null_models = wanted_metrics(metrics), wanted_nulls(nulls)
-    prunings, members = check_prunings(vlm, prunings), team(several_processes)
+    vlm, team = Vlm(model), team_of(several_processes)
+    wanted, null_models, prunings = wanted_metrics(metrics), wanted_nulls(nulls), check_prunings(vlm, prunings)
     masks = masks if set(MASKED) & set(wanted) or keep_features is not None else None
     pictures = select(find_pictures(images, labels, masks, mask_format, mask_suffix), classes, limit, seed)
     chosen = chosen_layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
         check_labels(target, values)
     check_settings(processor, prompt, batch_size, seed)
-    has_masks = any(item.mask is not None for item in pictures.items)
-    rendered = render_prompt(processor, prompt)
-    loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
-    encoder = initial_encoder(initial, vlm)
     how: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
@@ -132,119 +118,37 @@ def diagnose(
         "split_components": split_components,
         "mask_format": mask_format,
     }
-    config = {
-        **how,
-        "images": str(images) if isinstance(images, (str, Path)) else type(images).__name__,
-        "masks": str(masks) if isinstance(masks, (str, Path)) else masks is not None,
-        "mask_suffix": mask_suffix,
-        "classes": list(classes),
-        "limit": limit,
-        "layers": chosen,
-        "prompt": prompt,
-        "metrics": list(wanted),
-        "nulls": list(null_models),
-        "prunings": [asdict(pruning) for pruning in prunings],
-        "processes": members.size,
-    }
+    rendered = render_prompt(processor, prompt)
+    loader = Loader(vlm, processor, pictures.items, rendered, batch_size, seed, split_components, skip_broken)
+    folder = None if keep_features is None else Path(keep_features)
+    encoder = initial_encoder(initial, vlm)
+    study = Study(pictures, chosen, wanted, how, encoder, folder, team, progress)
 
-    def look(vlm: Vlm, loader: Loader, name: str) -> tuple[list[Measurement], Accumulator, list[int], PerImageBuilder]:
-        """In the first process rows of all pictures, in the others none; `name`: where features are kept."""
-        kept, taken = None, {group: group in wanted for group in TAKEN}
-        if keep_features is not None:
-            kept = members.together(
-                partial(open_kept, Path(keep_features) / name, vlm, encoder, loader, chosen, taken, how)
-            )
-            taken = kept.taken
-        with tempfile.TemporaryDirectory(prefix="keepsight-") as folder, inference(vlm.model):
-            accumulator, done = measure(
-                vlm,
-                loader,
-                chosen,
-                Path(folder),
-                exact=exact,
-                calibration_images=calibration_images,
-                encoder=(vlm if encoder is None else encoder) if taken["fidelity"] else None,
-                bleeding=taken["bleeding"],
-                by_object=taken["objects"],
-                progress=progress and members.first,
-                team=members,
-                kept=kept,
-            )
-            per_image = PerImageBuilder([pictures.items[index].name for index in done])
-            rows = members.together(
-                lambda: (
-                    all_rows(
-                        vlm,
-                        loader,
-                        accumulator,
-                        wanted,
-                        pictures.labels,
-                        done,
-                        vlm.resolve_layer("middle"),
-                        per_image,
-                        seed=seed,
-                        has_masks=has_masks,
-                        unlabelled=pictures.unlabelled,
-                        progress=progress,
-                    )
-                    if members.first
-                    else []
-                )
-            )
-        return rows, accumulator, done, per_image
+    looked = study.look(loader, "model")
+    untrained = study.untrained_rows(loader) if RANDOM in null_models else []
 
-    rows, accumulator, done, per_image = look(vlm, loader, "model")
-    untrained: list[Measurement] = []
-    if "random_weights" in null_models:
-        twin = Vlm(random_weights(vlm, seed))
-        untrained = as_null(look(twin, replace(loader, vlm=twin), "random_weights")[0], RANDOM_WEIGHTS)
-
-    def finish() -> Diagnosis | None:
-        if not members.first:
-            return None
-        shown = choose_examples(pictures, done)
-        maps: list[SimilarityMap | None] = [None] * len(shown)
-        pruned: list[Measurement] = []
-        with inference(model):
-            if "maps" in wanted:
-                read = open_lens(vlm, loader) if "lens" in wanted else None
-                maps = similarity_maps(vlm, loader, shown, chosen, read=None if isinstance(read, str) else read)
-            if prunings:
-                pruned = pruning_rows(
-                    vlm, loader, prunings, pictures.labels, done, per_image, seed=seed, progress=progress
-                )
-        left_out = sum(len(too_small(values, done)) for values in pictures.labels.values() if "probes" in wanted)
-        rare = {
-            "animated images, first frame taken": len(loader.seen.animated),
-            "repeated images": pictures.repeated,
-            "classes left out of probes": left_out,
+    def finish() -> Diagnosis:
+        maps = study.maps(loader, looked)
+        pruned = study.pruned_rows(loader, looked, prunings)
+        config = {
+            **how,
+            "images": str(images) if isinstance(images, (str, Path)) else type(images).__name__,
+            "masks": str(masks) if isinstance(masks, (str, Path)) else masks is not None,
+            "mask_suffix": mask_suffix,
+            "classes": list(classes),
+            "limit": limit,
+            "layers": chosen,
+            "prompt": prompt,
+            "metrics": list(wanted),
+            "nulls": list(null_models),
+            "prunings": [asdict(pruning) for pruning in prunings],
+            "processes": team.size,
         }
-        broken = loader.seen.broken
-        info = {
-            "label": label_run,
-            "versions": versions(),
-            "model": {"name": str(getattr(vlm.config, "name_or_path", "")), "fingerprint": fingerprint(model)},
-            "family": vlm.family,
-            "depth": vlm.depth,
-            "width": vlm.width,
-            "pre_layer": pre_layer,
-            "prompt": rendered,
-            "prompt_sha256": prompt_hash(rendered),
-            "seed": seed,
-            "counts": {
-                "images": len(done),
-                "skipped images": len(broken),
-                "images with objects": accumulator.images_with_objects,
-                "objects": accumulator.objects,
-                "skipped objects": accumulator.skipped_objects,
-                **{name: count for name, count in rare.items() if count},
-            },
-            "skipped": [broken[index] for index in sorted(broken)][:20],
-            "targets": dict(targets or {}),
-        }
-        examples = open_examples(pictures, shown, split_components, maps)
-        return Diagnosis(rows + pruned + untrained, info, config, examples, per_image.finish())
+        info = {"label": label_run, "pre_layer": pre_layer, "targets": dict(targets or {})}
+        info |= study.information(loader, looked)
+        examples = open_examples(pictures, list(maps), split_components, list(maps.values()))
+        return Diagnosis(looked.rows + pruned + untrained, info, config, examples, looked.per_image.finish())
 
-    result = members.from_first(members.together(finish))
+    result = team.from_first(team.together(lambda: finish() if team.first else None))
     assert result is not None
     return result

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keepsight.diagnosis.accumulate import Accumulator
 from keepsight.diagnosis.spectrum import GROUPS, jackknife
-from keepsight.results import Measurement
+from keepsight.results import Measurement, PerImageBuilder
 from keepsight.results.intervals import Estimate, mean_interval
 
 IMAGES = 500  # at most, a seeded subset: the Gram matrices are images × images
@@ -92,8 +92,9 @@ def agreement(near: Tensor, other: Tensor) -> Tensor:
 class Similarity:
     """Each layer's pooled features against the vision encoder's, over the images."""
 
-    def __init__(self, accumulator: Accumulator, seed: int) -> None:
+    def __init__(self, accumulator: Accumulator, per_image: PerImageBuilder, seed: int) -> None:
         self.accumulator = accumulator
+        self.per_image = per_image  # takes what each image adds to the neighbours' agreement
         self.seed = seed
         n = accumulator.pooled.rows
         generator = np.random.default_rng([seed, 8])
@@ -123,10 +124,12 @@ class Similarity:
         shared = agreement(own.neighbours(self.k), self.near)
         about, chance = f"k = {self.k}", self.k / (len(self.images) - 1)
         null: dict[str, Any] = {"variant": PERMUTED, **common}
+        agreed = Measurement("neighbour_agreement", **mean_interval(shared.numpy()).fields, **common, note=about)
+        self.per_image.add(agreed.key, shared.numpy(), self.images)
         return [
             self._row(own, within, self.gram, common),
             self._row(own, within, self.mixed, null),
-            Measurement("neighbour_agreement", **mean_interval(shared.numpy()).fields, **common, note=about),
+            agreed,
             Measurement("neighbour_agreement", chance, **null, note=f"{about}; its expectation"),
         ]
 

@@ -6,7 +6,8 @@ from keepsight._lazy import lazy
 from keepsight.pre.config import PReConfig
 
 if TYPE_CHECKING:
-    from keepsight.pre.handle import Handle, attach, handle_of, param_groups
+    from keepsight.pre.attaching import attach, handle_of, param_groups
+    from keepsight.pre.handle import Handle
     from keepsight.pre.life import DeadLossError
 
 __getattr__ = lazy(
@@ -14,9 +15,9 @@ __getattr__ = lazy(
     {
         "DeadLossError": "keepsight.pre.life",
         "Handle": "keepsight.pre.handle",
-        "attach": "keepsight.pre.handle",
-        "handle_of": "keepsight.pre.handle",
-        "param_groups": "keepsight.pre.handle",
+        "attach": "keepsight.pre.attaching",
+        "handle_of": "keepsight.pre.attaching",
+        "param_groups": "keepsight.pre.attaching",
     },
 )
 __all__ = ["DeadLossError", "Handle", "PReConfig", "attach", "handle_of", "param_groups"]

@@ -1,4 +1,4 @@
-"""Attach Predictive Regularization to any model, and take it off again."""
+"""Predictive Regularization at work on one model: what a training loop reads from it and tells it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from keepsight.pre.head import PredictionHead, Predictors
 from keepsight.pre.layers import resolve_layers
 from keepsight.pre.life import ProofOfLife
 from keepsight.pre.sight import Seen, Sight
-from keepsight.vlm.view import Vlm, unwrap
+from keepsight.vlm.view import Vlm
 
 HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names in checkpoints
-_HANDLE = "_keepsight_handle"
+HANDLE = "_keepsight_handle"  # the attribute of the model that holds it
 
 
 class Handle(ProofOfLife):
@@ -47,7 +47,7 @@ class Handle(ProofOfLife):
         self.layers, shares = resolve_layers(self.vlm, config)
         self.layer = self.layers[-1]
         core = self.vlm.core
-        if getattr(core, _HANDLE, None) is not None:
+        if getattr(core, HANDLE, None) is not None:
             raise ValueError(
                 "predictive regularization is attached to this model already; call detach() on the first handle "
                 "(keepsight.handle_of(model)) before attaching again."
@@ -62,7 +62,7 @@ class Handle(ProofOfLife):
         predictors.requires_grad_(config.active)
         predictors.to(next(self.vlm.layers[self.layer - 1].parameters()).device)
         core.add_module(HEAD, predictors)
-        setattr(core, _HANDLE, self)
+        setattr(core, HANDLE, self)
         self._alive = not config.active
         predictors.register_load_state_dict_post_hook(self._restore_steps)
         self._hooks = self._forward.hook(self._find_predictors)
@@ -228,9 +228,9 @@ class Handle(ProofOfLife):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if getattr(self.vlm.core, _HANDLE, None) is self:
+        if getattr(self.vlm.core, HANDLE, None) is self:
             delattr(self.vlm.core, HEAD)
-            delattr(self.vlm.core, _HANDLE)
+            delattr(self.vlm.core, HANDLE)
         self._forward.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,54 +251,3 @@ class Handle(ProofOfLife):
         predictors.commit_statistics()
         if predictors.teacher is not None:
             predictors.teacher.update(self.vlm)
-
-
-def attach(model: nn.Module, config: PReConfig | None = None, *, inject: bool = False) -> Handle:
-    """Attach Predictive Regularization to a model, in place.
-
-    The model computes exactly what it did; ``model(**batch).loss`` is untouched. Add ``handle.loss`` to it, or train
-    with `PReTrainerMixin`. Attach before the optimizer and before DDP are built; with PEFT, either after wrapping or
-    before, with `Handle.peft`.
-
-    Args:
-        model: any image-text-to-text model of transformers.
-        config: None for the paper's settings.
-        inject: for trainers that cannot be changed: the gradient of ``λ · L_PRe`` enters at the layer during the
-            ordinary backward, so that nothing need be added to the loss; give the handle to the trainer as a callback.
-            L_PRe is then a mean of the micro-batches' means, which equals the mean over the global batch when every
-            micro-batch holds the same number of pictures. Not with fp16 loss scaling.
-
-    Raises:
-        ValueError: for a family without visual tokens in the decoder, a layer that does not exist, or a second attach.
-    """
-    return Handle(model, config or PReConfig(), inject=inject)
-
-
-def handle_of(model: nn.Module) -> Handle | None:
-    """The handle attached to a model (also through PEFT, DDP or `torch.compile`), or None."""
-    base = unwrap(model)
-    return getattr(getattr(base, "base_model", base), _HANDLE, None)
-
-
-def param_groups(model: nn.Module, *, head_lr: float | None = None) -> list[dict[str, Any]]:
-    """Two optimizer groups of what is trainable: the model's parameters, and the head's.
-
-    Args:
-        model: a model with PRe attached.
-        head_lr: learning rate of the head; None = that of `PReConfig`, or else the optimizer's default.
-
-    Raises:
-        ValueError: when nothing is attached.
-    """
-    handle = handle_of(model)
-    if handle is None:
-        raise ValueError("nothing is attached to this model: call keepsight.attach(model, PReConfig()) first.")
-    head = {id(parameter) for parameter in handle.parameters()}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in head]},
-        {"params": [p for p in handle.parameters() if p.requires_grad]},
-    ]
-    rate = head_lr if head_lr is not None else handle.config.head_lr
-    if rate is not None:
-        groups[1]["lr"] = rate
-    return [group for group in groups if group["params"]]

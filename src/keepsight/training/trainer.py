@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from keepsight.pre.handle import HEAD, Handle, handle_of
+from keepsight.pre.attaching import handle_of
+from keepsight.pre.handle import HEAD, Handle
 from keepsight.training.sharding import shard_head
 
 if TYPE_CHECKING:

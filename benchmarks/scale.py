@@ -1,0 +1,63 @@
+"""33 layers × 4096 channels with probes of 1,000 classes: sizes on paper, and the same code an eighth as wide.
+
+    python benchmarks/scale.py
+
+Prints the sizes for 10,000 and 50,000 pictures (docs/metrics.md holds them), then fits the probe of one layer of 512
+channels, 125 classes and 3,750 pictures: peak memory above the features against the formula of `diagnosis/probe.py`.
+Bound: at most a quarter above the formula.
+"""
+
+from __future__ import annotations
+
+import torch
+from _timing import finish, memory_of_process, reset_peak, seconds
+
+from keepsight.diagnosis.passes import SAMPLE
+from keepsight.diagnosis.probe import L2_GRID, bytes_together, fit_probes
+from keepsight.diagnosis.spectrum import GROUPS
+
+LAYERS, WIDTH, CLASSES = 33, 4096, 1000
+SCALED = 8
+MARGIN = 1.25  # for the allocator
+
+
+def on_paper(pictures: int) -> None:
+    sampled = max(SAMPLE, 2 * WIDTH)
+    sizes = {
+        "mean tokens, on disk": 4 * LAYERS * WIDTH * pictures,
+        "sample of tokens, on disk": 4 * LAYERS * WIDTH * sampled,
+        "covariance of a layer, in memory": 8 * GROUPS * WIDTH**2,
+        "probe of a layer, in memory": bytes_together(round(0.6 * pictures), WIDTH, CLASSES, len(L2_GRID)),
+    }
+    print(f"{LAYERS} layers × {WIDTH}, {CLASSES} classes, {pictures:,} pictures:")
+    for name, size in sizes.items():
+        print(f"  {name}: {size / 1e9:.1f} GB")
+    work = 4 * 0.6 * pictures * WIDTH * CLASSES * len(L2_GRID)
+    print(f"  a step of the probes of a layer, all strengths: {work / 1e12:.1f} TFLOP")
+
+
+def scaled_down() -> bool:
+    n, width, classes = 30_000 // SCALED, WIDTH // SCALED, CLASSES // SCALED
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    centres = 0.3 * torch.randn(classes, width, generator=generator)
+    x = torch.randn(n, width, generator=generator) + centres[labels]
+    names = [f"class {i}" for i in labels.tolist()]
+    reset_peak()
+    before = memory_of_process("VmRSS")
+    taken = seconds(lambda: fit_probes(lambda layer: x, [0], names))
+    peak = memory_of_process("VmHWM") - before
+    formula = bytes_together(round(0.6 * n), width, classes, len(L2_GRID)) / 2**20
+    print(f"{width} channels, {classes} classes, {n} pictures: {taken:.0f} s a layer with its control")
+    print(f"peak {peak:.0f} MiB, the formula {formula:.0f} MiB: {'holds' if peak <= MARGIN * formula else 'MISSED'}")
+    return peak <= MARGIN * formula
+
+
+def main() -> None:
+    for pictures in (10_000, 50_000):
+        on_paper(pictures)
+    finish(scaled_down())
+
+
+if __name__ == "__main__":
+    main()
