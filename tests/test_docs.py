@@ -12,8 +12,9 @@ from keepsight import cli
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-# Options of other programs that the pages name: accelerate, the benchmarks, the table's own writer, TrainingArguments.
-ELSEWHERE = {"--num-processes", "--shape", "--write", "--trainer.logging-steps"}
+# Options of other programs that the pages name: accelerate, the benchmarks, the table's own writer, TrainingArguments,
+# lmms-eval.
+ELSEWHERE = {"--num-processes", "--shape", "--write", "--trainer.logging-steps", "--model-args", "--force-simple"}
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_every_test_that_is_named_exists() -> None:
     table = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in table.splitlines() if re.match(r"\| \d+ \|", line)]
-    assert [int(row[1]) for row in rows] == list(range(1, 11))
+    assert [int(row[1]) for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= 11
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "tests").rglob("test_*.py")]
     there = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     for row in rows:
