@@ -8,9 +8,9 @@ Random weights, 8 pictures with a question and its answer each, AdamW. 135M: ful
 tokens a picture. 7B: bf16, 576 visual tokens a picture; --full trains projector and language model, with fewer layers
 where memory asks for it. Where there is a GPU, 7B is the default. The usual make, as in VIRAL: all hidden states are
 kept (output_hidden_states), and the same head runs over all tokens before the visual ones are picked. λ = 0 is the bare
-model, without a head in memory. Bounds for PRe, in time and in peak memory alike: 7B 1.01 in full training and 1.02 under
-LoRA; 135M 1.05 in time and 1.03 in memory. Beside them the floor: the head's floating-point operations as a share of the
-decoder's, and the memory that training the head takes whatever the code.
+model, without a head in memory. Bounds for PRe, in time and in peak memory alike: 7B 1.01 in full training and 1.02
+under LoRA; 135M 1.05 in time and 1.03 in memory. Beside them the floor: the head's floating-point operations as a share
+of the decoder's, and the memory that training the head takes whatever the code.
 """
 
 import argparse
