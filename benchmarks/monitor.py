@@ -23,7 +23,6 @@ PAIRS = 12
 
 def main() -> None:
     step = Step("baseline")
-    step.handle.detach()
     watch = FidelityCallback()
     watch.on_train_begin(None, None, None, model=unwrap(step.model))
     turns = 0

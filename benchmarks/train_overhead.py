@@ -7,9 +7,10 @@
 Random weights, 8 pictures with a question and its answer each, AdamW. 135M: full fine-tuning in float32, 64 visual
 tokens a picture. 7B: bf16, 576 visual tokens a picture; --full trains projector and language model, with fewer layers
 where memory asks for it. Where there is a GPU, 7B is the default. The usual make, as in VIRAL: all hidden states are
-kept (output_hidden_states), and the same head runs over all tokens before the visual ones are picked. Bounds for PRe:
-1.05 times in time, 1.03 times in peak memory. Beside them the floor: the head's floating-point operations as a share of
-the step's.
+kept (output_hidden_states), and the same head runs over all tokens before the visual ones are picked. λ = 0 is the bare
+model, without a head in memory. Bounds for PRe, in time and in peak memory alike: 7B 1.01 in full training and 1.02
+under LoRA; 135M 1.05 in time and 1.03 in memory. Beside them the floor: the head's floating-point operations as a share
+of the decoder's, and the memory that training the head takes whatever the code.
 """
 
 import argparse
@@ -63,9 +64,8 @@ class Step:
         if kind == "usual":
             self.head = PredictionHead(self.width, self.width, self.width, seed=0).to(device)
             parameters = list(self.head.parameters())
-        else:
-            weight = 0.5 if kind == "pre" else 0.0
-            self.handle = keepsight.attach(self.model, keepsight.PReConfig(weight=weight))
+        elif kind == "pre":
+            self.handle = keepsight.attach(self.model, keepsight.PReConfig(weight=0.5))
         parameters += [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
@@ -89,7 +89,9 @@ class Step:
             anchor = out.hidden_states[0][self.mask].detach()
             loss = out.loss - 0.5 * F.cosine_similarity(prediction, anchor.float(), dim=-1).mean()
         else:
-            loss = self.model(**self.batch).loss + self.handle.loss
+            loss = self.model(**self.batch).loss
+            if self.kind == "pre":
+                loss = loss + self.handle.loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -100,6 +102,18 @@ def floor(step: Step) -> float:
     decoder = keepsight.vlm.Vlm(step.model).layers
     weights = sum(parameter.numel() for parameter in decoder.parameters())
     return 2 * step.width**2 * int(step.mask.sum()) / (weights * step.mask.numel())
+
+
+def head_memory(step: Step) -> float:
+    """MiB of the head's weights, their gradient and AdamW's two moments, all in float32."""
+    return 4 * 4 * (2 * step.width**2 + 2 * step.width) / 2**20
+
+
+def bounds(shape: str, *, lora: bool) -> tuple[float, float]:
+    """At most so many times λ = 0: time and peak memory."""
+    if not shape.startswith("7B"):
+        return 1.05, 1.03
+    return (1.02, 1.02) if lora else (1.01, 1.01)
 
 
 def peak(kind: str, *options: str) -> float:
@@ -133,27 +147,29 @@ def main() -> None:
     if arguments.shape.startswith("7B"):  # one model at a time is in memory: pairs are steps of the same number
         for kind in KINDS:
             step = Step(kind, **made)
-            share = floor(step)
+            share, own = floor(step), head_memory(step)
             times[kind] = [seconds(step) for _ in range(PAIRS + 2)][2:]
             del step
             if gpu:
                 torch.cuda.empty_cache()
     else:
         steps = {kind: Step(kind, **made) for kind in KINDS}
-        share = floor(steps["baseline"])
+        share, own = floor(steps["baseline"]), head_memory(steps["baseline"])
         for turn in range(-1, PAIRS):
             for kind in KINDS[:: 1 if turn % 2 else -1]:
                 taken = seconds(steps[kind])
                 if turn >= 0:  # the first round warms up
                     times[kind].append(taken)
+    at_most, at_most_memory = bounds(arguments.shape, lora=lora)
     print(f"a step at λ = 0 takes {sum(times['baseline']) / PAIRS:.2f} s; the head's share of operations {share:.2%}")
     print(f"the usual make: {ratio_of(times['usual'], times['baseline'])} in time")
-    in_time = verdict("PRe, time", ratio_of(times["pre"], times["baseline"]), at_most=1.05)
-    print(", ".join(f"{kind} {value:.0f} MiB" for kind, value in peaks.items()))
+    in_time = verdict("PRe, time", ratio_of(times["pre"], times["baseline"]), at_most=at_most)
+    print(", ".join(f"{kind} {value:.0f} MiB" for kind, value in peaks.items()), f"; the head {own:.0f} MiB", sep="")
     print(f"the usual make: {peaks['usual'] / peaks['baseline']:.3f}x in peak memory")
     ratio = peaks["pre"] / peaks["baseline"]
-    print(f"PRe, peak memory: {ratio:.3f}x, at most 1.03x: {'holds' if ratio <= 1.03 else 'MISSED'}")
-    finish(in_time, ratio <= 1.03)
+    in_memory = ratio <= at_most_memory
+    print(f"PRe, peak memory: {ratio:.3f}x, at most {at_most_memory}x: {'holds' if in_memory else 'MISSED'}")
+    finish(in_time, in_memory)
 
 
 if __name__ == "__main__":

@@ -43,3 +43,13 @@ def test_a_step_on_the_path_of_7b(overhead, kind, lora):
         assert any("keepsight_head" in name for name in moved)
         assert step.handle.tokens == overhead.BATCH * 16
     assert overhead.floor(step) > 0
+
+
+def test_each_shape_has_its_own_bounds_and_the_baseline_no_head(overhead):
+    assert overhead.bounds("135M", lora=False) == (1.05, 1.03)
+    assert overhead.bounds("7B", lora=False) == (1.01, 1.01)
+    assert overhead.bounds("7B", lora=True) == (1.02, 1.02)
+    bare = overhead.Step("baseline", "7B-narrow").model
+    assert not any("keepsight_head" in name for name, _ in bare.named_parameters())
+    step = overhead.Step("pre", "7B-narrow")
+    assert overhead.head_memory(step) == 16 * sum(p.numel() for p in step.handle.parameters()) / 2**20

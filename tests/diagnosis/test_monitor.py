@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
+from transformers import TrainerState
 
 from keepsight import FidelityCallback
 from keepsight.diagnosis.monitor import RIDGE, RunningRidge
@@ -121,3 +122,12 @@ def test_it_can_stand_before_the_trackers(tmp_path):
 def test_numbers_out_of_range(values):
     with pytest.raises(ValueError, match="allowed are 1 or more"):
         FidelityCallback(**values)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    model, batch = llava_clip_llama()
+    callback = FidelityCallback()
+    callback.on_train_begin(None, None, None, model=model.train())
+    callback.on_step_begin(None, TrainerState(), None)
+    with pytest.raises(ValueError, match=r"nn\.DataParallel.*torchrun --nproc_per_node"):
+        model.model._replicate_for_data_parallel()(**batch)

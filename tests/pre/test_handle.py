@@ -475,3 +475,13 @@ def test_param_groups_part_head_and_model():
     assert {id(p) for p in head["params"]} == {id(p) for p in handle.head.parameters()}
     assert len(base["params"]) + len(head["params"]) == len(list(model.parameters()))
     assert handle.head.up.weight.shape == (TEXT["hidden_size"], TEXT["hidden_size"])
+
+
+def test_several_gpus_in_one_process_are_refused():
+    model, batch = llava_clip_llama()
+    model.train()
+    with keepsight.attach(model):
+        model(**batch)
+        # What nn.DataParallel calls on each GPU: a copy that has the hooks of the one model.
+        with pytest.raises(ValueError, match=r"nn\.DataParallel.*torchrun --nproc_per_node"):
+            model.model._replicate_for_data_parallel()(**training_batch(batch))

@@ -222,6 +222,12 @@ def test_a_trainer_without_attach_is_an_error(tmp_path):
         train(model, tmp_path, samples(), batch=8)
 
 
+def test_a_handle_given_as_a_callback_too_is_there_once(tmp_path):
+    model = attached()
+    trainer = make_trainer(model, tmp_path, samples(), batch=8, callbacks=[keepsight.handle_of(model)])
+    assert trainer.callback_handler.callbacks.count(trainer.pre) == 1
+
+
 def test_evaluation_is_untouched(tmp_path):
     model = attached()
     trainer, _ = train(model, tmp_path, samples(), batch=8)

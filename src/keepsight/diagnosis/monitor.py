@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from keepsight.diagnosis.spectrum import participation_ratio
 from keepsight.diagnosis.structure import Groups, structure
 from keepsight.vlm.grids import ImageTokens
-from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out
+from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, refuse_replica
 
 KEPT = 0.9  # share of the running sums that stays at each look: the model moves, and so do its tokens
 RIDGE = 1e-2  # of the mean variance of the projected layer
@@ -76,7 +76,8 @@ class FidelityCallback(TrainerCallback):
         seed: of the projection.
 
     Raises:
-        ValueError: for a number out of range; at the start of training, for a model or layer that `Vlm` refuses.
+        ValueError: for a number out of range; at the start of training, for a model or layer that `Vlm` refuses; at the
+            first look, for several GPUs in one process.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class FidelityCallback(TrainerCallback):
         self._tokens = None
         if not (self._wanted and module.training and torch.is_grad_enabled()):
             return
+        refuse_replica(module)
         batch = self._vlm.bind(args, kwargs)
         tokens = self._vlm.image_tokens(batch)
         if tokens.n_images:

@@ -27,7 +27,8 @@ def attach(model: nn.Module, config: PReConfig | None = None, *, inject: bool = 
             micro-batch holds the same number of pictures. Not with fp16 loss scaling.
 
     Raises:
-        ValueError: for a family without visual tokens in the decoder, a layer that does not exist, or a second attach.
+        ValueError: for a family without visual tokens in the decoder, a layer that does not exist, or a second attach;
+            at the forward, for one process on several GPUs (`nn.DataParallel`).
     """
     return Handle(model, config or PReConfig(), inject=inject)
 

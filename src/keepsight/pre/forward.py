@@ -21,7 +21,7 @@ from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen
 from keepsight.vlm.features import before_decoder
 from keepsight.vlm.grids import ImageTokens
-from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out
+from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, refuse_replica
 
 ANCHOR = "anchor"  # the name of the target that is no layer
 
@@ -138,6 +138,7 @@ class ForwardPass:
         self.loss_sum = None
         if not (self.config.active and module.training and torch.is_grad_enabled()):
             return
+        refuse_replica(module)
         batch = self.vlm.bind(args, kwargs)
         mask = self.vlm.visual_mask(batch["input_ids"])
         self._tokens = self.vlm.image_tokens(batch)

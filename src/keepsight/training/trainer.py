@@ -52,7 +52,8 @@ class PReTrainerMixin(_Trainer):
                 "again: attach without inject, or use the plain trainer with callbacks=[handle]."
             )
         self.pre: Handle = handle
-        self.add_callback(handle)
+        if handle not in self.callback_handler.callbacks:  # given as a callback as well
+            self.add_callback(handle)
         # The one place that every version of Trainer clips through.
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart

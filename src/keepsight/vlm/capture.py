@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out
+from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, refuse_replica
 
 Sink = Callable[[int, Tensor], None]
 
@@ -33,6 +33,7 @@ class Capture:
         self._later = False
 
     def _arm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_replica(module)
         self._index = self.vlm.visual_index(self.vlm.bind(args, kwargs))
         self.states = {}
         self._taken = set()
@@ -90,7 +91,8 @@ def capture(vlm: Vlm, layers: Iterable[int | str], sink: Sink | None = None) -> 
             order; nothing is kept then, so memory does not grow with the number of layers.
 
     Raises:
-        ValueError: for a layer that does not exist; at the forward, when the model is called without ``input_ids``.
+        ValueError: for a layer that does not exist; at the forward, when the model is called without ``input_ids``,
+            or in one process on several GPUs.
         RuntimeError: at the forward, when a compiled model passes the hooks by.
     """
     taken = Capture(vlm, layers, sink)

@@ -166,6 +166,23 @@ class Vlm:
         return f"Vlm(family={self.family!r}, depth={self.depth}, width={self.width})"
 
 
+def refuse_replica(module: nn.Module) -> None:
+    """At the forward, refuse one of the copies that `nn.DataParallel` runs side by side.
+
+    `Trainer` uses it, without being asked, where one process sees several GPUs. Its copies share one set of hooks, so
+    that they would take each other's states.
+
+    Raises:
+        ValueError: for such a copy.
+    """
+    if getattr(module, "_is_replica", False):
+        raise ValueError(
+            "the model runs under nn.DataParallel: one process, several GPUs, and hooks that see all of them at once. "
+            "Start one process for each GPU (torchrun --nproc_per_node), or let the process see one "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
 def _decoder(base: Any, family: str) -> Any:
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     if not hasattr(decoder, "layers") and hasattr(decoder, "model"):
