@@ -81,6 +81,7 @@ def run_task(
                 # MMMU draws a letter where it reads none: in threads that draw would not be the same twice.
                 process_docs_parallel=1,
             )
+            return [_read(one, found, limit, pictures) for one in loaded] if found is not None else []
     except Exception as cause:
         if world_size() > 1:  # the others wait in this task for what this process will not send
             raise RuntimeError(
@@ -88,10 +89,6 @@ def run_task(
                 "start it again with --resume, or without this task in another folder."
             ) from cause
         raise UnreachedError(f"it stopped ({_reason(cause)})") from cause
-    if found is None:
-        return []
-    with contextlib.redirect_stdout(said):
-        return [_read(one, found, limit, pictures) for one in loaded]
 
 
 def _read(task: Any, found: Mapping[str, Any], limit: int | None, pictures: Path | None) -> TaskResult:
@@ -130,8 +127,8 @@ def _read(task: Any, found: Mapping[str, Any], limit: int | None, pictures: Path
     if any(one.score is not None and not 0 <= one.score <= 1 for one in answered):  # points, or a percentage
         answered = [replace(one, score=None) for one in answered]
     clusters: list[Hashable] = [one.picture if one.pair is None else one.pair for one in answered]
-    own = rows_of([record_of(one, "exact") for one in answered if one.score is not None])[0] if answered else []
-    totals = [row for row in own if not row.target]
+    scored = [record_of(one, "exact") for one in answered if one.score is not None]
+    totals = [row for row in rows_of(scored)[0] if not row.target] if scored else []
     numbers = {}
     for metric in metrics:
         values = [sample[metric] for _, sample in sorted(samples.items()) if metric in sample]
