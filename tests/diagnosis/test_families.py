@@ -156,10 +156,10 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
     encoder: list[np.ndarray] = []
 
     class Spy(Similarity):
-        def __init__(self, accumulator: Any, seed: int) -> None:
+        def __init__(self, accumulator: Any, *rest: Any) -> None:
             if accumulator.encoder_pooled is not None:
                 encoder.append(accumulator.encoder_pooled.read(0))
-            super().__init__(accumulator, seed)
+            super().__init__(accumulator, *rest)
 
     monkeypatch.setattr("keepsight.diagnosis.rows.Similarity", Spy)
     hook = model.model.register_forward_pre_hook(

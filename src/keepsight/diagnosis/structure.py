@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -229,11 +228,7 @@ def unit_sums(
             chunk = chunk - centre
         if channels is not None:
             chunk = chunk * channels
-        if chunk.device.type == "cpu":  # a dot product a row: where the chunk is in the cache, twice as fast
-            np.vecdot(chunk.numpy(), chunk.numpy(), out=norm.numpy())
-            norm.sqrt_()
-        else:
-            torch.linalg.vector_norm(chunk, dim=1, out=norm)
+        torch.linalg.vector_norm(chunk, dim=1, out=norm)
         if floor:
             norm.clamp_min_(floor)
         target = sums if weights.shape[0] == n_groups else sums[concerned]
