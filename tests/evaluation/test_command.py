@@ -83,6 +83,20 @@ def test_limit_and_what_is_left_out(model, tasks, tmp_path, capsys):
     assert "left out of one: question 1: image 'pictures/0.png'" in capsys.readouterr().out
 
 
+def test_a_task_that_cannot_be_asked_does_not_lose_the_other(model, tasks, tmp_path, capsys):
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "run"
+    bad.write_text('{"question": "what ?", "answer": "red", "image": "gone.png"}\n')
+    command = ["evaluate", model, "--max-new-tokens", "1", "--out", str(out), "--tasks"]
+    assert cli.main([*command, str(bad), tasks[0]]) == 1
+    assert "not reached: bad: none of the 1 questions can be asked; the first: image 'gone" in capsys.readouterr().out
+    run = RunDirectory.open(out)
+    assert (list(run.info["unreached"]), run.info["finished"]) == (["bad"], False)
+    assert {record.task for record in run.read_answers()} == {"one"}
+    Image.new("RGB", (16, 16)).save(tmp_path / "gone.png")
+    assert cli.main([*command, str(bad), tasks[0], "--resume"]) == 0
+    assert {record.task for record in run.read_answers()} == {"bad", "one"}
+
+
 def test_the_drawn_world_by_name(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["evaluate", model, "--tasks", "testbed", "testbed-pope", "--out", "run", "--limit", "12"]

@@ -213,6 +213,7 @@ def test_what_goes_wrong_costs_its_question_only(vlm, tmp_path):
         Question("red " * 2500, "red", image=Image.new("RGB", (64, 64))),  # 10,000 characters
         Question("red " * (limit + 10), "red", choices=("red", "blue")),
         Question("what color ?", "", id="empty"),
+        Question("what color ?", "1", choices=[str(number) for number in range(28)]),
     ]
     result = evaluate(model, processor, questions, max_new_tokens=1)
     assert len(result.records) == 1
@@ -221,10 +222,11 @@ def test_what_goes_wrong_costs_its_question_only(vlm, tmp_path):
     for position in (3, 4):
         assert result.left_out[position].endswith(f"tokens with its pictures; the model's context is {limit}")
     assert result.left_out[5] == "the right answer is empty"
-    assert result.counts["questions left out"] == 5
+    assert result.left_out[6] == "it has 28 choices, and letters for 26; ask by likelihood (choices)"
+    assert result.counts["questions left out"] == 6
     assert result.counts["answers cut off by max_new_tokens"] == 1
     with pytest.raises(ValueError, match="none of the 1 questions can be asked; the first: the right answer is empty"):
-        evaluate(model, processor, questions[-1:])
+        evaluate(model, processor, questions[5:6])
 
 
 def test_an_end_is_no_cut_and_an_empty_answer_is_counted(vlm, monkeypatch):

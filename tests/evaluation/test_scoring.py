@@ -67,6 +67,12 @@ def test_other_scores():
     assert score(Question("which ?", "Two dogs", choices=CHOICES), "A") == 0.0
 
 
+@pytest.mark.parametrize("count", [26, 27, 28, 29, 70])
+def test_many_choices_have_letters_to_z(count):
+    many = [f"thing{number}" for number in range(count)]
+    assert (chosen("Z", many), chosen("thing26", many)) == (25, 26 if count > 26 else None)
+
+
 @pytest.mark.parametrize(
     ("question", "why"),
     [
@@ -78,6 +84,7 @@ def test_other_scores():
             Question("q", "z", choices=("x", "y")),
             "the answer 'z' is none of the choices ['x', 'y'], nor the letter of one",
         ),
+        (Question("q", "a", choices=("a", " ")), "choice 2 is empty"),
         (Question("q", "a", score="choice"), "it is scored by choice and has no choices"),
         (Question("<image> q", "a"), "it has 1 <image> and 0 pictures; as many are needed"),
         (Question("<image> q", "a", image=["x.png", "y.png"]), "it has 1 <image> and 2 pictures; as many are needed"),

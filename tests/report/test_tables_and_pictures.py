@@ -98,3 +98,7 @@ def test_what_the_lens_reads_layer_by_layer() -> None:
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask of example 'a.png' is \(3, 3\), its picture \(4, 5\)"):
         show(Example(Image.new("RGB", (5, 4)), np.zeros((3, 3), dtype=np.uint8), "a.png"))
+
+
+def test_a_run_without_numbers_has_an_empty_table() -> None:
+    assert table([LoadedRun("nothing", [], {"label": "nothing"})]).row_count == 0

@@ -26,6 +26,7 @@ class EvaluateConfig:
             `paper` for the paper's benchmarks.
         out: the run's folder.
         image_folder: where the pictures' paths start; null = the folder of each file.
+        include_path: folder with YAML files of more tasks for lmms-eval.
         label: the run's name in the report; null = the model's.
         limit: ask only so many questions of each file, the first ones.
         batch_size: questions at once.
@@ -45,6 +46,7 @@ class EvaluateConfig:
     tasks: list[str]
     out: str
     image_folder: str | None = None
+    include_path: str | None = None
     label: str | None = None
     limit: int | None = None
     batch_size: int = 16
@@ -99,12 +101,13 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Evaluate, write the run's folder, print the accuracies; 1 where a task of lmms-eval could not be reached."""
+    """Evaluate, write the run's folder, print the accuracies; 1 where a task could not be reached."""
     config = parse(arguments)
     from keepsight.commands import harness
     from keepsight.commands.console import console, device_named, quiet
     from keepsight.commands.diagnose import images_of
     from keepsight.evaluation import evaluate, keep, load_questions
+    from keepsight.evaluation.run import NothingAskedError
     from keepsight.processes import barrier, rank
     from keepsight.testbed.tasks import TASKS
 
@@ -115,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
         for task in own
     }
     tasks = {name: questions[: config.limit] for name, questions in tasks.items()}
-    manager, why = harness.check(names) if names else (None, "")
+    manager, why = harness.check(names, config.include_path) if names else (None, "")
     if why and not own:
         raise ImportError(f"{', '.join(names)} cannot be run: {why}")
     main_process = rank() == 0
@@ -128,29 +131,34 @@ def main(arguments: Sequence[str]) -> int:
     device = device_named(config.device)
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
-    found: dict[str, Any] = {
-        name: evaluate(
-            model,
-            processor,
-            questions,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            choices=config.choices,
-            pruning=pruning,
-            journal=Path(config.out) / "answers" / name,
-            progress=main_process,
-        )
-        for name, questions in tasks.items()
-    }
+    found: dict[str, Any] = {}
     unreached = dict.fromkeys(names, why) if why else {}
+    for name, questions in tasks.items():
+        try:
+            found[name] = evaluate(
+                model,
+                processor,
+                questions,
+                batch_size=config.batch_size,
+                max_new_tokens=config.max_new_tokens,
+                choices=config.choices,
+                pruning=pruning,
+                journal=Path(config.out) / "answers" / name,
+                progress=main_process,
+            )
+        except NothingAskedError as error:
+            if len(tasks) + len(names) == 1:
+                raise
+            unreached[name] = str(error)
     if names and manager is not None:
         say = console.print if main_process else lambda text: None
-        given, unreached = harness.run_tasks(names, manager, model, processor, config, pruning, say)
-        found |= (reached := harness.as_evaluations(given))
+        given, failed = harness.run_tasks(names, manager, model, processor, config, pruning, say)
+        unreached |= failed
+        found |= (reached := harness.as_evaluations(given, config))
         tasks |= {name: [record.question for record in evaluation.records] for name, evaluation in reached.items()}
     if run is not None:
         _finish(run, config, found, fingerprint(model), unreached, names)
-        keep(run, tasks, found)
+        keep(run, {name: tasks[name] for name in found}, found)
         run.update(finished=not unreached)
         _tell(run, found, unreached)
     return 1 if unreached else 0

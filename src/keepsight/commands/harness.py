@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 PAPER = "paper"
-FOLDER = "harness"  # of a run: what each finished task gave
+FOLDER = "harness"  # of a run: what each finished task gave, and small copies of its pictures
+PICTURES = "pictures"
 _FILES = (".jsonl", ".json", ".ndjson")
 
 
@@ -36,12 +37,15 @@ def _benchmarks() -> list[str]:
     return [one.task for one in benchmarks()]
 
 
-def check(names: Sequence[str]) -> tuple[Any, str]:
+def check(names: Sequence[str], include_path: str | None = None) -> tuple[Any, str]:
     """lmms-eval's task manager, and why there is none, or "".
 
     Raises:
+        FileNotFoundError: for a folder of more tasks that is not there.
         ValueError: for a task that lmms-eval does not have.
     """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path '{include_path}' is no folder; give the one with the tasks' YAML files.")
     from keepsight.evaluation.harness import missing
 
     why = missing()
@@ -49,7 +53,7 @@ def check(names: Sequence[str]) -> tuple[Any, str]:
         return None, why
     from keepsight.evaluation.harness.tasks import known_tasks
 
-    manager = known_tasks()
+    manager = known_tasks(include_path)
     for name in names:
         if name not in manager.all_tasks:
             near = ", ".join(get_close_matches(name, manager.all_tasks, 3)) or "see `lmms-eval tasks`"
@@ -62,43 +66,43 @@ def check(names: Sequence[str]) -> tuple[Any, str]:
 
 def run_tasks(
     names: Sequence[str], manager: Any, model: Any, processor: Any, config: Any, pruning: Any, say: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[list[Any], dict[str, str]]:
     """Run the tasks that the run's folder does not hold yet; one that cannot be run does not keep the others.
 
     Returns:
-        what was found by task, and why a task was not reached.
+        what the tasks, and the parts of groups, gave (of several processes in the first), and why a task was not
+        reached.
     """
     from keepsight.evaluation.harness.model import Chat, Simple
-    from keepsight.evaluation.harness.tasks import TaskResult, UnreachedError, run_task
-    from keepsight.processes import barrier, rank, team
+    from keepsight.evaluation.harness.result import load_results, save_results
+    from keepsight.evaluation.harness.tasks import UnreachedError, run_task
+    from keepsight.processes import barrier, team
 
     _hush()
-    folder = Path(config.out) / FOLDER
-    found: dict[str, Any] = {}
+    processes, folder = team(), Path(config.out) / FOLDER
+    found: list[Any] = []
     unreached: dict[str, str] = {}
     for name in names:
         file = folder / f"{name}.json"
-        if team(True).from_first(file.is_file()):
-            found |= {name: TaskResult.load(file)} if rank() == 0 else {}
+        if processes.from_first(file.is_file()):
+            found += load_results(file) if processes.first else []
             continue
         say(f"{name} …")
         made = Simple if _by_likelihood(manager, name) else Chat
-        lm = made.around(model, processor, batch_size=config.batch_size, pruning=pruning, progress=rank() == 0)
+        lm = made.around(model, processor, batch_size=config.batch_size, pruning=pruning, progress=processes.first)
         lm.journal = Path(config.out) / "answers" / name
         try:
-            results = run_task(lm, name, manager, Path(config.out) / FOLDER / "files", config.limit)
+            results = run_task(lm, name, manager, folder / "files", config.limit, folder / PICTURES)
         except UnreachedError as error:
             unreached[name] = str(error)
             continue
+        refused = {question: why for one in processes.to_first(lm.refused) for question, why in one.items()}
         for result in results:
-            if lm.refused:
-                first = next(iter(lm.refused.values()))
-                result.notes.append(
-                    f"{len(lm.refused)} questions could not be asked and count as wrong, such as: {first}"
-                )
-            found[name if len(results) == 1 else result.task] = result
-        for result in results if len(results) == 1 else []:  # a group's parts are not one file
-            result.save(file)
+            if own := [why for question, why in refused.items() if question.rpartition("-")[0] == result.task]:
+                result.notes.append(f"{len(own)} questions could not be asked and count as wrong, such as: {own[0]}")
+        if processes.first:
+            save_results(results, file)
+        found += results
         barrier()
     return found, unreached
 
@@ -110,9 +114,10 @@ def _by_likelihood(manager: Any, name: str) -> bool:
     return False
 
 
-def as_evaluations(found: Mapping[str, Any]) -> dict[str, Any]:
+def as_evaluations(found: Sequence[Any], config: Any) -> dict[str, Any]:
     """What the tasks gave, as the evaluations of the run, each under the name that its results go by."""
-    return {result.name: result.evaluation for result in found.values()}
+    pictures = Path(config.out) / FOLDER / PICTURES
+    return {result.name: result.evaluation(pictures) for result in found}
 
 
 def paper_facts(rows: Sequence[Any], model: str, names: Sequence[str]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keepsight.evaluation.questions import PLACEHOLDER, Question
+from keepsight.evaluation.questions import LETTERS, PLACEHOLDER, Question
 from keepsight.images import ImageError, open_image
 from keepsight.training.spans import image_markers
 from keepsight.vlm.chat import special_tokens
@@ -79,6 +79,10 @@ class Answerer:
         return self.choices == "likelihood" and bool(question.choices)
 
     def _pictures(self, question: Question) -> list[Any]:
+        if len(question.choices) > LETTERS and not self._by_likelihood(question):
+            raise ValueError(
+                f"it has {len(question.choices)} choices, and letters for {LETTERS}; ask by likelihood (choices)"
+            )
         for marker in self.markers:
             if marker in question.question:
                 raise ValueError(f"its text holds the model's image token {marker!r}; write {PLACEHOLDER}")

@@ -12,6 +12,7 @@ from keepsight.images import resolve_image
 
 Score = Literal["exact", "contains", "yes_no", "vqa", "choice"]
 PLACEHOLDER = "<image>"
+LETTERS = 26  # choices that can be listed with letters
 _NAMES = {"answer": ("answer", "answers"), "image": ("image", "images"), "kind": ("type", "kind")}
 _KNOWN = {"id", "question", "choices", "score", "picture", "pair", *(n for names in _NAMES.values() for n in names)}
 
@@ -80,6 +81,8 @@ class Question:
             raise QuestionError("the right answer is empty")
         if len(self.choices) == 1:
             raise QuestionError(f"there is one choice ({self.choices[0]!r}); give two or more, or none")
+        if empty := [number for number, choice in enumerate(self.choices, start=1) if not choice.strip()]:
+            raise QuestionError(f"choice {empty[0]} is empty")
         if self.choices:
             self.right_choice()
         elif self.score == "choice":
@@ -177,7 +180,7 @@ def _question(entry: Any, where: str, folder: Path | None, number: int) -> Quest
     return Question(
         question=str(given["question"]),
         answer=[str(one) for one in answer] if isinstance(answer, (list, tuple)) else str(answer),
-        image=[_Lazy(image, folder) if isinstance(image, str) else image for image in listed] or None,
+        image=[PictureFile(image, folder) if isinstance(image, str) else image for image in listed] or None,
         kind=str(given.get("kind", "")),
         picture=given.get("picture", path),
         choices=tuple(map(str, choices)),
@@ -187,8 +190,8 @@ def _question(entry: Any, where: str, folder: Path | None, number: int) -> Quest
     )
 
 
-class _Lazy:
-    """A path from a file, resolved when it is opened, so that a missing picture costs one question."""
+class PictureFile:
+    """A picture's path in a folder, resolved when it is opened, so that a missing picture costs one question."""
 
     def __init__(self, reference: str, folder: Path | None) -> None:
         self.reference, self.folder = reference, folder

@@ -23,6 +23,10 @@ from keepsight.vlm.inference import inference
 from keepsight.vlm.pruning import Pruning, pruned
 
 
+class NothingAskedError(ValueError):
+    """None of the questions can be asked; the text says why the first cannot."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Records in the order of the questions, rows (`scoring.rows_of`), and what each picture adds to them.
@@ -106,7 +110,7 @@ def assemble(questions: Sequence[Question], answers: dict[int, Answer], left_out
     """Records and rows from answers by position.
 
     Raises:
-        ValueError: if nothing was answered.
+        NothingAskedError: if nothing was answered.
     """
     left_out = left_out | {position: answer.refused for position, answer in answers.items() if answer.refused}
     records = [
@@ -116,7 +120,7 @@ def assemble(questions: Sequence[Question], answers: dict[int, Answer], left_out
     ]
     if not records:
         first = min(left_out)
-        raise ValueError(f"none of the {len(questions)} questions can be asked; the first: {left_out[first]}")
+        raise NothingAskedError(f"none of the {len(questions)} questions can be asked; the first: {left_out[first]}")
     rows, per_image = rows_of(records)
     return Evaluation(records, rows, per_image, dict(sorted(left_out.items())))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from keepsight.evaluation.questions import Question
+from keepsight.evaluation.questions import LETTERS, Question
 from keepsight.results import Measurement, PerImage, PerImageBuilder
 from keepsight.results.answers import clusters as clusters_of
 from keepsight.results.intervals import bootstrap_ratio, mean_interval, ratio_shares
@@ -78,7 +78,7 @@ def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     where no choice does.
     """
     text = prediction.strip()
-    last = chr(ord("A") + len(choices) - 1)
+    last = chr(ord("A") + min(len(choices), LETTERS) - 1)
     # What follows tells a letter from an article: "A." or "A", not "A cat".
     letter = re.search(
         rf"(?:^|(?i:\banswer(?: is)?|\boption)\s*:?\s*)\(?([A-{last}a-{last.lower()}])(?:[).:,]|\s*$)", text

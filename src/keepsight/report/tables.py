@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.table import Table
 from rich.text import Text
@@ -138,7 +139,7 @@ def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str 
         grid.add_column(Text(name), justify="right", min_width=13)
     previous = None
     lines = summary(opened, full=full)
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
+    for line, following in zip_longest(lines, lines[1:]):
         cells = [Text(line.title if line.title != previous else "")]
         if line.group and line.title != previous:
             cells[0].append(f" {line.group}", style="dim")

@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("lmms_eval.evaluator", reason="needs lmms-eval: make test-harness", exc_type=ImportError)
 
 from keepsight.evaluation.harness.paper import benchmarks
-from keepsight.evaluation.harness.tasks import TaskResult, known_tasks, run_task
+from keepsight.evaluation.harness.result import load_results, save_results
+from keepsight.evaluation.harness.tasks import known_tasks, run_task
 from tests.evaluation.harness.benchmarks import BENCHMARKS, on_disk, picture
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ def test_scores_are_those_by_hand(result):
     ]
     assert len(shown) == len(small.rows)
     assert all(one.picture for one in found.answered)
-    rows = {(row.metric, row.target): row for row in found.evaluation.rows}
+    rows = {(row.metric, row.target): row for row in found.evaluation().rows}
     mean = sum(one.score for one in found.answered) / len(found.answered)
     accuracy = rows["answer_accuracy", ""]
     assert accuracy.value == pytest.approx(mean)
@@ -71,11 +72,11 @@ def test_mmvp_is_marked_and_told_by_pair(result):
     found, _ = result
     assert found.name == "mmvp_corrected"
     assert [one.pair for one in found.answered] == ["0", "0", "1", "1"]
-    rows = {row.metric: row for row in found.evaluation.rows}
+    rows = {row.metric: row for row in found.evaluation().rows}
     assert (rows["pair_accuracy"].value, rows["pair_accuracy"].n) == (0.5, 2)
     assert found.numbers["mmvp_pair_accuracy"][1:] == (rows["pair_accuracy"].low, rows["pair_accuracy"].high)
-    assert all("corrected labels" in row.note for row in found.evaluation.rows)
-    assert list(found.evaluation.per_image.images) == ["pair 0", "pair 1"]
+    assert all("corrected labels" in row.note for row in found.evaluation().rows)
+    assert list(found.evaluation().per_image.images) == ["pair 0", "pair 1"]
 
 
 @run("mmmu_val")
@@ -87,7 +88,7 @@ def test_mmmu_places_its_pictures_and_tells_its_subjects(result):
     assert shown[0][0]["content"][-1]["text"].endswith("A. one\nB. two\nC. three\n\nAnswer with the option's letter "
                                                        "from the given choices directly.")  # fmt: skip
     assert [one.score for one in found.answered] == [1, 0, 1]
-    kinds = {row.target: row.value for row in found.evaluation.rows if row.metric == "answer_accuracy"}
+    kinds = {row.target: row.value for row in found.evaluation().rows if row.metric == "answer_accuracy"}
     assert kinds == {"": pytest.approx(2 / 3), "Accounting": 0.5, "Math": 1.0}
 
 
@@ -104,7 +105,7 @@ def test_mmstar_averages_categories_with_an_interval_of_its_own(result):
 def test_pope_clusters_by_picture_and_has_f1(result):
     found, _ = result
     assert found.answered[0].picture == found.answered[1].picture != found.answered[2].picture
-    assert len(found.evaluation.per_image.images) == 2
+    assert len(found.evaluation().per_image.images) == 2
     value, low, high = found.numbers["pope_f1_score"]
     assert low <= value <= high
 
@@ -119,8 +120,8 @@ def test_gqa_joins_questions_and_pictures(result):
 @run("textvqa_val")
 def test_a_result_is_kept_and_read_again(result, tmp_path):
     found, _ = result
-    found.save(tmp_path / "kept.json")
-    again = TaskResult.load(tmp_path / "kept.json")
-    assert again == found
-    assert again.evaluation.rows == found.evaluation.rows
+    save_results([found, found], tmp_path / "kept.json")
+    again, same = load_results(tmp_path / "kept.json")
+    assert again == same == found
+    assert again.evaluation().rows == found.evaluation().rows
     assert not list(tmp_path.glob("submissions")), "written where it was told"

@@ -67,6 +67,25 @@ def test_a_task_that_lmms_eval_does_not_have(quickly, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_where_nothing_is_reached_all_of_it_is_said(quickly, tmp_path, monkeypatch, capsys):
+    model, out = str(save_llava(tmp_path / "model")), tmp_path / "run"
+    on_disk(tmp_path, monkeypatch, ())
+    assert cli.main(["evaluate", model, "--tasks", "mmvp,pope", "--out", str(out)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not reached: mmvp: its data or settings cannot be loaded (ConnectionError: Couldn't reach" in said
+    assert "not reached: pope: its data" in said
+    run = RunDirectory.open(out)
+    assert (list(run.info["unreached"]), run.read_rows(), run.read_answers()) == (["mmvp", "pope"], [], [])
+
+
+@pytest.mark.slow
+def test_a_folder_of_more_tasks_that_is_not_there(quickly, tmp_path, capsys):
+    command = ["evaluate", "model", "--tasks", "mine", "--include-path", str(tmp_path / "gone")]
+    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "gone' is no folder; give the one with the tasks' YAML files" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_paper_s_benchmarks_as_far_as_they_can_be_reached(quickly, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, out = str(save_llava(tmp_path / "model")), tmp_path / "run"

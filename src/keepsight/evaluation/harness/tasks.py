@@ -5,110 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 from argparse import Namespace
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keepsight.evaluation.harness.paper import PART, benchmark
-from keepsight.evaluation.questions import Question
-from keepsight.evaluation.run import Evaluation
-from keepsight.evaluation.scoring import Record, rows_of
-from keepsight.results import Measurement, PerImage, make_folder, write_file
+from keepsight.evaluation.harness.result import Answered, TaskResult, record_of
+from keepsight.evaluation.scoring import rows_of
+from keepsight.images import ImageError, open_image
+from keepsight.processes import rank, team, world_size
+from keepsight.results import Measurement, make_folder, write_file
+from keepsight.results.thumbnails import LONGEST_SIDE, MOST, encode, shrink
 
-HARNESS = "harness_score"  # a number as lmms-eval aggregates it; the variant names it
 _RESAMPLES = 500
 _SAME = 1e-5  # MMMU's accuracy is rounded to five decimals
 
 
 class UnreachedError(ValueError):
     """A task that could not be run here; the text says why."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One question as lmms-eval asked and scored it. score: None where its own number is none of one question."""
-
-    id: str
-    question: str
-    target: list[str]
-    prediction: str
-    score: float | None
-    kind: str = ""
-    picture: str = ""
-    pair: str | None = None
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a task gave.
-
-    Attributes:
-        name: the task as results name it: `mmvp_corrected` for MMVP, whose labels are not the original ones.
-        answered: its questions in order.
-        numbers: "metric" → (value, low, high), lmms-eval's own aggregates; the interval None where there is none.
-        notes: what to know of them.
-        version: of lmms-eval.
-    """
-
-    name: str
-    task: str
-    answered: list[Answered]
-    numbers: dict[str, tuple[float, float | None, float | None]]
-    notes: list[str] = field(default_factory=list)
-    version: str = ""
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """Records, and rows `answer_accuracy` (by kind too) and `pair_accuracy` where questions have a score, and
-        `harness_score`, one a number of lmms-eval's."""
-        records = [_record(one, self._score_as) for one in self.answered if one.score is not None]
-        rows, per_image = rows_of(records) if records else ([], PerImage((), (), np.empty((0, 0))))
-        note = "; ".join(self.notes)
-        rows = [replace(row, note="; ".join(filter(None, (row.note, note)))) for row in rows]
-        for name, (value, low, high) in self.numbers.items():
-            rows.append(
-                Measurement(
-                    HARNESS, value, low=low, high=high, n=len(self.answered), unit="questions", variant=name, note=note
-                )
-            )
-        return Evaluation(records, rows, per_image)
-
-    @property
-    def _score_as(self) -> Any:
-        yes_no = all(len(one.target) == 1 and one.target[0].lower() in ("yes", "no") for one in self.answered)
-        return "yes_no" if yes_no else "exact"
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        make_folder(path.parent)
-        write_file(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> TaskResult:
-        """What `save` wrote."""
-        told = json.loads(path.read_text(encoding="utf-8"))
-        told["answered"] = [Answered(**one) for one in told["answered"]]
-        told["numbers"] = {name: tuple(values) for name, values in told["numbers"].items()}
-        return cls(**told)
-
-
-def _record(one: Answered, score_as: Any) -> Record:
-    assert one.score is not None
-    question = Question(
-        one.question,
-        one.target or [""],
-        kind=one.kind,
-        picture=f"pair {one.pair}" if one.pair is not None else one.picture or None,
-        score=score_as,
-        id=one.id,
-        pair=one.pair,
-    )
-    return Record(question, one.prediction, one.score)
 
 
 def known_tasks(include_path: str | None = None) -> Any:
@@ -120,19 +38,23 @@ def known_tasks(include_path: str | None = None) -> Any:
     return TaskManager("ERROR", include_path=include_path, model_name="keepsight")
 
 
-def run_task(lm: Any, task: str, manager: Any, out: Path, limit: int | None = None) -> list[TaskResult]:
+def run_task(
+    lm: Any, task: str, manager: Any, out: Path, limit: int | None = None, pictures: Path | None = None
+) -> list[TaskResult]:
     """Run a task (or a group of them) with one of lmms-eval's models, and read what it gave.
 
     Args:
         lm: `Chat` or any other model of lmms-eval.
         manager: from `known_tasks`.
         out: where lmms-eval writes its submission files.
+        pictures: a folder for small copies of the pictures; without it none are kept.
 
     Returns:
-        One a task; of several processes, in the first only.
+        One a task, those of a group one by one; of several processes, in the first only.
 
     Raises:
         UnreachedError: its data cannot be had here, or its own code fails; the text says why.
+        RuntimeError: its own code fails in one of several processes.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import get_task_dict
@@ -140,7 +62,8 @@ def run_task(lm: Any, task: str, manager: Any, out: Path, limit: int | None = No
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            objects = get_task_dict([task], manager, "simple" if lm.is_simple else "chat")
+            kind = "simple" if lm.is_simple else "chat"
+            objects = team().together(lambda: get_task_dict([task], manager, kind))
     except Exception as cause:
         raise UnreachedError(f"its data or settings cannot be loaded ({_reason(cause)})") from cause
     loaded = list(_flat(objects))
@@ -158,15 +81,17 @@ def run_task(lm: Any, task: str, manager: Any, out: Path, limit: int | None = No
                 # MMMU draws a letter where it reads none: in threads that draw would not be the same twice.
                 process_docs_parallel=1,
             )
+            return [_read(one, found, limit, pictures) for one in loaded] if found is not None else []
     except Exception as cause:
+        if world_size() > 1:  # the others wait in this task for what this process will not send
+            raise RuntimeError(
+                f"{task} stopped in process {rank()} of {world_size()} ({_reason(cause)}). Answers so far are kept: "
+                "start it again with --resume, or without this task in another folder."
+            ) from cause
         raise UnreachedError(f"it stopped ({_reason(cause)})") from cause
-    if found is None:
-        return []
-    with contextlib.redirect_stdout(said):
-        return [_read(one, found, limit) for one in loaded]
 
 
-def _read(task: Any, found: Mapping[str, Any], limit: int | None) -> TaskResult:
+def _read(task: Any, found: Mapping[str, Any], limit: int | None, pictures: Path | None) -> TaskResult:
     name = task.config.task
     known = benchmark(name)
     split = task.config.test_split or task.config.validation_split
@@ -180,10 +105,12 @@ def _read(task: Any, found: Mapping[str, Any], limit: int | None) -> TaskResult:
     main = known.metric if known else metrics[0] if metrics else ""
     samples = {sample["doc_id"]: sample for sample in reversed(found["samples"][name])}
     aggregate = task.aggregation().get(main)
+    copies = None if pictures is None else _Copies(pictures)
     answered = []
     for number, sample in sorted(samples.items()):
         value = sample.get(main, sample.get(metrics[0]) if metrics else None)
         pair = value.get("pair_index") if isinstance(value, Mapping) else None
+        visuals = _visuals(task, docs[number])
         answered.append(
             Answered(
                 id=str(number),
@@ -192,13 +119,16 @@ def _read(task: Any, found: Mapping[str, Any], limit: int | None) -> TaskResult:
                 prediction=_texts(sample["filtered_resps"])[0] if sample["filtered_resps"] else "",
                 score=_score(value, aggregate),
                 kind=_kind(known.kind if known else "", value, sample),
-                picture=_picture(task, docs[number]),
+                picture=_digest(visuals) if visuals else "",
                 pair=None if pair is None else str(pair),
+                pictures=[] if copies is None else copies.of(visuals),
             )
         )
+    if any(one.score is not None and not 0 <= one.score <= 1 for one in answered):  # points, or a percentage
+        answered = [replace(one, score=None) for one in answered]
     clusters: list[Hashable] = [one.picture if one.pair is None else one.pair for one in answered]
-    own = rows_of([_record(one, "exact") for one in answered if one.score is not None])[0] if answered else []
-    totals = [row for row in own if not row.target]
+    scored = [record_of(one, "exact") for one in answered if one.score is not None]
+    totals = [row for row in rows_of(scored)[0] if not row.target] if scored else []
     numbers = {}
     for metric in metrics:
         values = [sample[metric] for _, sample in sorted(samples.items()) if metric in sample]
@@ -266,14 +196,40 @@ def _kind(name: str, value: Any, sample: Mapping[str, Any]) -> str:
     return ""
 
 
-def _picture(task: Any, doc: Any) -> str:
-    """A name for a question's pictures, the same wherever they are the same: a digest of their pixels."""
-    visuals = [] if task.config.doc_to_visual is None else task.doc_to_visual(doc) or []
+def _visuals(task: Any, doc: Any) -> list[Any]:
+    return [] if task.config.doc_to_visual is None else list(task.doc_to_visual(doc) or [])
+
+
+def _digest(visuals: Sequence[Any]) -> str:
+    """A name for pictures, the same wherever they are the same: a digest of their pixels."""
     digest = hashlib.sha256()
     for visual in visuals:
         pixels = hasattr(visual, "tobytes") and hasattr(visual, "mode")
         digest.update(repr((visual.size, visual.mode)).encode() + visual.tobytes() if pixels else repr(visual).encode())
-    return digest.hexdigest()[:16] if visuals else ""
+    return digest.hexdigest()[:16]
+
+
+class _Copies:
+    """Small copies of pictures in a folder, each once, and of a task no more than a run shows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = make_folder(folder)
+        self.names: dict[str, str] = {}
+
+    def of(self, visuals: Sequence[Any]) -> list[str]:
+        """The files of a question's pictures. What is no picture, or cannot be read, has none."""
+        return [name for visual in visuals if (name := self._name(visual))]
+
+    def _name(self, visual: Any) -> str:
+        digest = _digest([visual])
+        if digest not in self.names and len(self.names) < MOST:
+            try:
+                kind, content = encode(shrink(open_image(visual, digest), LONGEST_SIDE))
+            except ImageError:
+                return ""
+            self.names[digest] = f"{digest}.{kind}"
+            write_file(self.folder / self.names[digest], content)
+        return self.names.get(digest, "")
 
 
 def _texts(value: Any) -> list[str]:
