@@ -53,7 +53,10 @@ def test_turned_upright_in_rgb(tmp_path: Path) -> None:
     assert open_image(lambda: (tmp_path / "grey.png").read_bytes(), "grey.png").size == (3, 3)
 
 
-def test_what_is_broken_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [False, True])
+def test_what_is_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """Also where another package, such as lmms-eval, has told Pillow to fill half a picture with grey."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", told)
     noise = np.random.default_rng(0).integers(0, 255, (16, 48, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
     whole = (tmp_path / "wide.png").read_bytes()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 _FRAMES = "keepsight: more frames than one"  # in a picture's info
 SKIP = "Repair or remove it, or pass skip_broken=True (--skip-broken) to leave such pictures out."
@@ -77,6 +78,16 @@ def resolve_image(reference: str, folder: str | Path | None) -> Path:
     return path
 
 
+@contextmanager
+def _whole_only() -> Iterator[None]:
+    """Let Pillow refuse half a picture, also where another package (lmms-eval) told it to fill the rest with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def decode(
     source: Any, what: str, finish: Callable[[Image.Image], Image.Image] = Image.Image.copy, advice: str = SKIP
 ) -> Image.Image:
@@ -97,8 +108,10 @@ def decode(
         if source is None:
             raise ValueError("there is no picture: the entry is null")
         if isinstance(source, Image.Image):
-            return finish(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with _whole_only():  # it may not be loaded yet
+                return finish(source)
+        opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with _whole_only(), opened as image:
             return finish(image)
     except Image.DecompressionBombError as cause:
         raise ImageError(
