@@ -27,7 +27,7 @@ from keepsight.evaluation import Question, evaluate
 from keepsight.testbed.folders import name_of, vqa_items, write_folder
 from keepsight.testbed.scenes import draw_scenes
 
-SCENES, TURNS, NEW_TOKENS, PAIRS, BATCH = 4, 3, 8, 12, 12
+SCENES, TURNS, NEW_TOKENS, PAIRS, BATCH = 12, 4, 8, 12, 12
 BOUND = 0.97
 
 

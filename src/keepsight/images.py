@@ -107,12 +107,11 @@ def decode(
             source = source()
         if source is None:
             raise ValueError("there is no picture: the entry is null")
-        if isinstance(source, Image.Image):
-            with _whole_only():  # it may not be loaded yet
-                return finish(source)
-        opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        with _whole_only(), opened as image:
-            return finish(image)
+        with _whole_only():
+            if isinstance(source, Image.Image):
+                return finish(source)  # which may load it only now
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return finish(image)
     except Image.DecompressionBombError as cause:
         raise ImageError(
             f"{what} is too large to be decoded ({cause}); allowed are {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -100,78 +100,102 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
     )
 
 
+@dataclass
+class _Asked:
+    """What was asked, what came of it, and why a task could not be asked; each by the task's name."""
+
+    questions: dict[str, list[Any]]
+    found: dict[str, Any] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Evaluate, write the run's folder, print the accuracies; 1 where a task could not be reached."""
     config = parse(arguments)
     from keepsight.commands import harness
-    from keepsight.commands.console import console, device_named, quiet
-    from keepsight.commands.diagnose import images_of
-    from keepsight.evaluation import evaluate, keep, load_questions
-    from keepsight.evaluation.run import NothingAskedError
+    from keepsight.commands.console import device_named, quiet
+    from keepsight.evaluation import keep
     from keepsight.processes import barrier, rank
+    from keepsight.results import fingerprint
+    from keepsight.vlm.load import load_model
+
+    own, names = harness.split_tasks(config.tasks)
+    asked = _Asked(_own_questions(own, config))
+    manager, why = harness.check(names, config.include_path) if names else (None, "")
+    if why and not own:
+        raise ImportError(f"{', '.join(names)} cannot be run: {why}")
+    run = _open(config) if rank() == 0 else None
+    barrier()
+    quiet()
+    device = device_named(config.device)
+    model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
+    model.to(device)
+    _ask_own(asked, model, processor, config, alone=len(own) + len(names) == 1)
+    if why:
+        asked.unreached |= dict.fromkeys(names, why)
+    elif names:
+        _ask_harness(asked, model, processor, config, names, manager)
+    if run is not None:
+        _finish(run, config, asked, fingerprint(model), names)
+        keep(run, {name: asked.questions[name] for name in asked.found}, asked.found)
+        run.update(finished=not asked.unreached)
+        _tell(run, asked)
+    return 1 if asked.unreached else 0
+
+
+def _own_questions(own: Sequence[str], config: EvaluateConfig) -> dict[str, list[Any]]:
+    from keepsight.commands.diagnose import images_of
+    from keepsight.evaluation import load_questions
     from keepsight.testbed.tasks import TASKS
 
-    pruning = config.pruning
-    own, names = harness.split_tasks(config.tasks)
     tasks = {
         Path(task).stem: (TASKS[task]() if task in TASKS else load_questions(images_of(task), config.image_folder))
         for task in own
     }
-    tasks = {name: questions[: config.limit] for name, questions in tasks.items()}
-    manager, why = harness.check(names, config.include_path) if names else (None, "")
-    if why and not own:
-        raise ImportError(f"{', '.join(names)} cannot be run: {why}")
-    main_process = rank() == 0
-    run = _open(config) if main_process else None
-    barrier()
-    quiet()
-    from keepsight.results import fingerprint
-    from keepsight.vlm.load import load_model
+    return {name: questions[: config.limit] for name, questions in tasks.items()}
 
-    device = device_named(config.device)
-    model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
-    model.to(device)
-    found: dict[str, Any] = {}
-    unreached = dict.fromkeys(names, why) if why else {}
-    for name, questions in tasks.items():
+
+def _ask_own(asked: _Asked, model: Any, processor: Any, config: EvaluateConfig, *, alone: bool) -> None:
+    """The questions of files and drawn worlds; a task none of which can be asked stops the command only if `alone`."""
+    from keepsight.evaluation import evaluate
+    from keepsight.evaluation.run import NothingAskedError
+    from keepsight.processes import rank
+
+    for name, questions in asked.questions.items():
         try:
-            found[name] = evaluate(
+            asked.found[name] = evaluate(
                 model,
                 processor,
                 questions,
                 batch_size=config.batch_size,
                 max_new_tokens=config.max_new_tokens,
                 choices=config.choices,
-                pruning=pruning,
+                pruning=config.pruning,
                 journal=Path(config.out) / "answers" / name,
-                progress=main_process,
+                progress=rank() == 0,
             )
         except NothingAskedError as error:
-            if len(tasks) + len(names) == 1:
+            if alone:
                 raise
-            unreached[name] = str(error)
-    if names and manager is not None:
-        say = console.print if main_process else lambda text: None
-        given, failed = harness.run_tasks(names, manager, model, processor, config, pruning, say)
-        unreached |= failed
-        found |= (reached := harness.as_evaluations(given, config))
-        tasks |= {name: [record.question for record in evaluation.records] for name, evaluation in reached.items()}
-    if run is not None:
-        _finish(run, config, found, fingerprint(model), unreached, names)
-        keep(run, {name: tasks[name] for name in found}, found)
-        run.update(finished=not unreached)
-        _tell(run, found, unreached)
-    return 1 if unreached else 0
+            asked.unreached[name] = str(error)
 
 
-def _finish(
-    run: Any,
-    config: EvaluateConfig,
-    found: Mapping[str, Any],
-    weights: str,
-    unreached: Mapping[str, str],
-    names: Sequence[str],
+def _ask_harness(
+    asked: _Asked, model: Any, processor: Any, config: EvaluateConfig, names: Sequence[str], manager: Any
 ) -> None:
+    from keepsight.commands import harness
+    from keepsight.commands.console import console
+    from keepsight.processes import rank
+
+    say = console.print if rank() == 0 else lambda text: None
+    given, failed = harness.run_tasks(names, manager, model, processor, config, say)
+    found = harness.as_evaluations(given, config)
+    asked.unreached |= failed
+    asked.found |= found
+    asked.questions |= {name: [record.question for record in one.records] for name, one in found.items()}
+
+
+def _finish(run: Any, config: EvaluateConfig, asked: _Asked, weights: str, names: Sequence[str]) -> None:
     """Rows, what each picture adds, and counts; with several tasks, or one of lmms-eval's, a row's target begins with
     the task."""
     from keepsight.commands.console import training_run
@@ -181,11 +205,11 @@ def _finish(
     from keepsight.vlm.load import model_folder
 
     def target(task: str, kind: str) -> str:
-        return target_of(task, kind, 2 if names else len(found))
+        return target_of(task, kind, 2 if names else len(asked.found))
 
     counts: Counter[str] = Counter()
     rows, parts = [], []
-    for name, evaluation in found.items():
+    for name, evaluation in asked.found.items():
         counts.update(evaluation.counts)
         rows += [replace(row, target=target(name, row.target)) for row in evaluation.rows]
         parts.append(evaluation.per_image.renamed(partial(target, name)))
@@ -197,13 +221,13 @@ def _finish(
         label=config.label or trained.get("label") or Path(config.model).name,
         model={"name": config.model, "fingerprint": weights},
         counts=dict(counts),
-        unreached=dict(unreached),
+        unreached=dict(asked.unreached),
         paper=paper_facts(rows, config.model, names),
         **seed,
     )
 
 
-def _tell(run: Any, found: Mapping[str, Any], unreached: Mapping[str, str]) -> None:
+def _tell(run: Any, asked: _Asked) -> None:
     from keepsight.commands.console import console
     from keepsight.commands.harness import paper_table
     from keepsight.report import table
@@ -213,12 +237,12 @@ def _tell(run: Any, found: Mapping[str, Any], unreached: Mapping[str, str]) -> N
         console.print(paper_table(run.info["paper"]))
     for name, count in run.info["counts"].items():
         console.print(f"{name}: {count}", markup=False)
-    for name, evaluation in found.items():
+    for name, evaluation in asked.found.items():
         for position, reason in list(evaluation.left_out.items())[:20]:
             console.print(f"left out of {name}: question {position + 1}: {reason}", style="yellow", markup=False)
-    for name, reason in unreached.items():
+    for name, reason in asked.unreached.items():
         console.print(f"not reached: {name}: {reason}", style="yellow", markup=False)
-    if unreached:
+    if asked.unreached:
         console.print("The same command with --resume tries these again; the others are kept.", style="yellow")
 
 

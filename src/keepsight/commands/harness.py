@@ -65,7 +65,7 @@ def check(names: Sequence[str], include_path: str | None = None) -> tuple[Any, s
 
 
 def run_tasks(
-    names: Sequence[str], manager: Any, model: Any, processor: Any, config: Any, pruning: Any, say: Any
+    names: Sequence[str], manager: Any, model: Any, processor: Any, config: Any, say: Any
 ) -> tuple[list[Any], dict[str, str]]:
     """Run the tasks that the run's folder does not hold yet; one that cannot be run does not keep the others.
 
@@ -78,7 +78,7 @@ def run_tasks(
     from keepsight.evaluation.harness.tasks import UnreachedError, run_task
     from keepsight.processes import barrier, team
 
-    _hush()
+    logging.getLogger("lmms-eval").setLevel(logging.ERROR)  # its own log would drown the results
     processes, folder = team(), Path(config.out) / FOLDER
     found: list[Any] = []
     unreached: dict[str, str] = {}
@@ -89,7 +89,9 @@ def run_tasks(
             continue
         say(f"{name} …")
         made = Simple if _by_likelihood(manager, name) else Chat
-        lm = made.around(model, processor, batch_size=config.batch_size, pruning=pruning, progress=processes.first)
+        lm = made.around(
+            model, processor, batch_size=config.batch_size, pruning=config.pruning, progress=processes.first
+        )
         lm.journal = Path(config.out) / "answers" / name
         try:
             results = run_task(lm, name, manager, folder / "files", config.limit, folder / PICTURES)
@@ -149,11 +151,3 @@ def paper_table(facts: Mapping[str, Any]) -> Any:
     for name, here, interval, quoted, note in paper_lines(facts):
         table.add_row(name, f"{here} {interval}".strip(), *([quoted] if known else []), note)
     return table
-
-
-def _hush() -> None:
-    """lmms-eval's own log would drown the results."""
-    from loguru import logger
-
-    logger.disable("lmms_eval")
-    logging.getLogger("lmms-eval").setLevel(logging.ERROR)

@@ -198,9 +198,8 @@ def spectrum(sums: CovarianceSums) -> dict[tuple[str, str], Estimate]:
     for g in present:
         part = covariance_of(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
         variance = part.diagonal().clamp(min=0)
-        scale = torch.where(
-            live & (variance > 0), variance.rsqrt(), 0.0
-        )  # 1/deviation; the correlation is never formed
+        # 1/deviation, with which the covariance says of the correlation what is needed, without its being formed
+        scale = torch.where(live & (variance > 0), variance.rsqrt(), 0.0)
         rounded = part.float()
         for variant, vectors in directions.items():
             turned = vectors if variant == "covariance" else vectors * scale.float()[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -147,6 +148,7 @@ class Journal:
         self.names = [identity(question, position) for position, question in enumerate(questions)]
         self.texts = [question.question for question in questions]
         self.known: dict[int, Answer] = {}
+        self._synced = 0.0  # when the disk last had everything
         if folder is not None:
             make_folder(folder)
             _cut_to_whole_lines(folder / f"answers-{rank()}.jsonl")
@@ -169,8 +171,10 @@ class Journal:
         try:
             with path.open("ab") as file:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+                file.flush()  # a process that is killed now loses nothing; a machine, at most a second's answers
+                if (now := time.monotonic()) - self._synced > 1:
+                    os.fsync(file.fileno())
+                    self._synced = now
         except OSError as cause:
             raise storage_error(path, cause) from cause
 

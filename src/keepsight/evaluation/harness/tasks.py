@@ -30,7 +30,7 @@ class UnreachedError(ValueError):
 
 
 def known_tasks(include_path: str | None = None) -> Any:
-    """lmms-eval's task manager."""
+    """lmms-eval's task manager, its log silenced: that would drown the results."""
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
