@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keepsight.diagnosis.bleeding import bleeding
 from keepsight.diagnosis.calibrate import LayerCalibration
+from keepsight.diagnosis.mean_tokens import MeansWithoutSinks
 from keepsight.diagnosis.record import Record
 from keepsight.diagnosis.spectrum import CovarianceSums
 from keepsight.diagnosis.store import LayerStore
@@ -85,6 +86,7 @@ class Accumulator:
         by_object: whether to keep the values of each object.
 
     Attributes:
+        pooled: the mean token of each image; bare: the same without sinks, for `without_sinks`.
         encoder, encoder_pooled: the vision encoder's output at the sampled tokens, and its mean over each image; None
             until it is given, with `no_encoder` the reason if it cannot be had.
         object_values: the values of each object at each layer; object_classes: their classes.
@@ -107,6 +109,7 @@ class Accumulator:
         self.bleeding = bleeding
         self.by_object = by_object
         self.pooled = LayerStore(folder / "pooled", len(layers), width)
+        self.bare = MeansWithoutSinks(folder / "bare", self.pooled, [calibration[at].channels for at in self.layers])
         self.values = LayerStore(folder / "values", len(layers), len(COLUMNS))
         self.sampled = LayerStore(folder / "sampled", len(layers), width)
         self.object_values = LayerStore(folder / "objects", len(layers), len(OBJECT_SCOPES) * len(OBJECT_VALUES))
@@ -130,7 +133,7 @@ class Accumulator:
     def begin(self, batch: Batch) -> None:
         """The batch whose forward is about to run."""
         self._batch = batch
-        self._taken = {"pooled": [], "values": [], "sampled": [], "object_values": []}
+        self._taken = {"pooled": [], "bare": [], "values": [], "sampled": [], "object_values": []}
 
     def sink(self, layer: int, tokens: Tensor) -> None:
         """One layer's tokens [T, d] of the present batch."""
@@ -156,6 +159,8 @@ class Accumulator:
         count = x.new_zeros(batch.n_images, 1)
         if any_sinks:
             count[:, 0] = everything.weights[everything.image_row] @ sinks.float()
+            # Summed without the sinks, not subtracted from the sum: beside them the rest would lose its digits.
+            self._taken["bare"].append(kept.mean_weights[count[:, 0] > 0] @ x)
         rows = [blocks[s][0] if s in blocks else absent for s in SCOPES]
         self._taken["values"].append(torch.cat([*rows, count], dim=1))
         if self.by_object:
@@ -197,7 +202,10 @@ class Accumulator:
         batch = self._batch
         assert batch is not None
         image = batch.image[batch.sample]
+        bare = self._taken.pop("bare")
         tensors = {name: torch.stack(parts).cpu() for name, parts in self._taken.items() if parts}
+        if bare:
+            tensors["bare"] = torch.cat(bare).cpu()
         tensors["sample"] = torch.stack([image, batch.group[image], batch.place[batch.sample]]).int().cpu()
         tensors["object_owner"] = batch.owner.int().cpu()
         tensors["object_patches"] = batch.objects.sum(dim=1).int().cpu()
@@ -224,6 +232,8 @@ class Accumulator:
         self.no_encoder = record.no_encoder
         self._sample.append(tensors["sample"].numpy() + np.array([[rows], [0], [0]], np.int32))
         self.pooled.append(tensors["pooled"])
+        if "bare" in tensors:
+            self.bare.append(tensors["bare"], tensors["values"][:, :, COLUMNS.index("sink_tokens")])
         self.values.append(tensors["values"])
         self.sampled.append(tensors["sampled"])
         if self.by_object:
@@ -244,6 +254,10 @@ class Accumulator:
     def sample(self) -> np.ndarray:
         """[3, n]: image, jackknife group and place of each sampled token."""
         return np.concatenate(self._sample, axis=1)
+
+    def without_sinks(self, position: int) -> tuple[Tensor, str]:
+        """[n, d], the mean tokens of the layer in this position without its sinks, and what is to be said of them."""
+        return self.bare.read(position, self.values.read(position)[:, COLUMNS.index("sink_tokens")])
 
     def blocks(self, position: int) -> Iterator[tuple[slice, Tensor]]:
         """The sampled tokens of the layer in this position, a bounded number at a time: (which rows, [rows, d])."""

@@ -130,7 +130,7 @@ def target_rows(
     progress: bool = False,
     unlabelled: str = "no labels were given",
 ) -> list[Measurement]:
-    """Linear probes of every label set at every layer, or one row that says why there are none.
+    """Linear probes of every label set at every layer, with sinks and without, or one row that says why there are none.
 
     labels: {target: one label (or None) per picture}; done: the pictures that the accumulator holds, in its order;
     middle: the layer that `probe_drop` is about; unlabelled: why there are no label sets, where there are none. Classes
@@ -158,11 +158,23 @@ def target_rows(
         def read(layer: int, positions: list[int] = positions) -> torch.Tensor:
             return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
 
+        said: dict[int, str] = {}
+
+        def read_bare(layer: int, positions: list[int] = positions, said: dict[int, str] = said) -> torch.Tensor:
+            bare, said[layer] = accumulator.without_sinks(accumulator.layers.index(layer))
+            return bare[positions]
+
         probe = fit_probes(read, accumulator.layers, names, seed=seed)
-        for row, contributions in probe_rows(probe, target=target, middle=middle, seed=seed):
-            rows.append(row)
-            if contributions is not None:
-                per_image.add(row.key, contributions, np.asarray(positions)[probe.test])
+        changed = [layer for position, layer in enumerate(accumulator.layers) if accumulator.bare.differ(position)]
+        bare = probe.with_layers(fit_probes(read_bare, changed, names, seed=seed)) if changed else probe
+        for tokens, found in (("all", probe), ("without sinks", bare)):
+            notes = {} if tokens == "all" else said
+            for row, contributions in probe_rows(
+                found, target=target, middle=middle, seed=seed, tokens=tokens, said=notes
+            ):
+                rows.append(row)
+                if contributions is not None:
+                    per_image.add(row.key, contributions, np.asarray(positions)[found.test])
     return rows
 
 
