@@ -56,4 +56,4 @@ class MeansWithoutSinks:
                 others = np.delete(x, empty, axis=0)
                 x[empty] = others.mean(axis=0, dtype=np.float64) if len(others) else 0.0
                 note = f"{len(empty)} images are sinks only: the mean of the others stands for theirs"
-        return torch.from_numpy(x) * self._channels[position].cpu(), note
+        return torch.from_numpy(x).mul_(self._channels[position].cpu()), note
