@@ -37,7 +37,7 @@ class LayerStore:
         """These rows of the layer in position `layer`, in any order: [len(rows), width]."""
         if not len(rows):
             return np.empty((0, self.width), np.float32)
-        return np.array(np.memmap(self._paths[layer], np.float32, "r", shape=(self.rows, self.width))[rows])
+        return np.asarray(np.memmap(self._paths[layer], np.float32, "r", shape=(self.rows, self.width))[rows])
 
     def rows_of(self, layer: int, rows: np.ndarray) -> StoredRows:
         """These rows of the layer in position `layer`, read as they are asked for."""
