@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keepsight.diagnosis.bleeding import bleeding
 from keepsight.diagnosis.calibrate import LayerCalibration
-from keepsight.diagnosis.mean_tokens import MeansWithoutSinks
+from keepsight.diagnosis.mean_tokens import MeansWithoutSinks, RowsWithoutSinks
 from keepsight.diagnosis.record import Record
 from keepsight.diagnosis.spectrum import CovarianceSums
 from keepsight.diagnosis.store import LayerStore
@@ -255,9 +255,9 @@ class Accumulator:
         """[3, n]: image, jackknife group and place of each sampled token."""
         return np.concatenate(self._sample, axis=1)
 
-    def without_sinks(self, position: int) -> tuple[Tensor, str]:
-        """[n, d], the mean tokens of the layer in this position without its sinks, and what is to be said of them."""
-        return self.bare.read(position, self.values.read(position)[:, COLUMNS.index("sink_tokens")])
+    def without_sinks(self, position: int, images: np.ndarray) -> RowsWithoutSinks:
+        """The mean tokens [n, d] of these images, without the sinks of the layer in this position."""
+        return self.bare.rows_of(position, images, self.values.read(position)[:, COLUMNS.index("sink_tokens")])
 
     def blocks(self, position: int) -> Iterator[tuple[slice, Tensor]]:
         """The sampled tokens of the layer in this position, a bounded number at a time: (which rows, [rows, d])."""

@@ -119,10 +119,10 @@ class Similarity:
         if self.why:
             common: dict[str, Any] = {"layer": layer, "n": len(self.images), "seed": self.seed, "note": self.why}
             return [Measurement(name, None, **common) for name in ("cka", "neighbour_agreement")]
-        found = self._measure(torch.from_numpy(self.accumulator.pooled.read(position)), layer)
+        found = self._measure(self.accumulator.pooled.gather(position, self.images), layer)
         bare = found
         if self.accumulator.bare.differ(position):
-            x, said = self.accumulator.without_sinks(position)
+            x, said = self.accumulator.without_sinks(position, self.images)[:], self.accumulator.bare.note(position)
             bare = self._measure(x, layer, said)
         rows = []
         for tokens, measured in (("all", found), ("without sinks", bare)):
@@ -132,10 +132,10 @@ class Similarity:
                     self.per_image.add(rows[-1].key, each, self.images)
         return rows
 
-    def _measure(self, x: Tensor, layer: int, said: str = "") -> list[tuple[Measurement, np.ndarray | None]]:
-        """The rows of the mean tokens x [n, d], each with what every image adds to it (None: not kept by image)."""
+    def _measure(self, x: np.ndarray, layer: int, said: str = "") -> list[tuple[Measurement, np.ndarray | None]]:
+        """The rows of mean tokens x [n, d], each with what every image adds to it (None: not kept by image)."""
         common: dict[str, Any] = {"layer": layer, "n": len(self.images), "seed": self.seed}
-        own = Gram.of(x[self.images], self.group)
+        own = Gram.of(torch.from_numpy(x), self.group)
         within = hsic(own, own)
         shared = agreement(own.neighbours(self.k), self.near).numpy()
         about, chance = f"k = {self.k}", self.k / (len(self.images) - 1)

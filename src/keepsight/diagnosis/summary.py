@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
+from keepsight.diagnosis.mean_tokens import RowsWithoutSinks
 from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.spectrum import spectrum
+from keepsight.diagnosis.store import StoredRows
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.results.intervals import Estimate, mean_interval, ratio_shares
 
@@ -142,7 +143,9 @@ def target_rows(
     for target, values in tracked(labels.items(), "probes", progress):
         kept = {str(value) for value in values if value is not None}
         small = too_small(values, done)
-        positions = [i for i, index in enumerate(done) if values[index] is not None and values[index] not in small]
+        positions = np.array(
+            [i for i, at in enumerate(done) if values[at] is not None and values[at] not in small], int
+        )
         names = [str(values[done[i]]) for i in positions]
         if small:
             listed = ", ".join(repr(name) for name in small[:3]) + (", …" if len(small) > 3 else "")
@@ -155,26 +158,25 @@ def target_rows(
             rows.append(Measurement("probe_accuracy", None, target=target, seed=seed, note=why))
             continue
 
-        def read(layer: int, positions: list[int] = positions) -> torch.Tensor:
-            return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
+        def read(layer: int, positions: np.ndarray = positions) -> StoredRows:
+            return accumulator.pooled.rows_of(accumulator.layers.index(layer), positions)
 
-        said: dict[int, str] = {}
+        def read_bare(layer: int, positions: np.ndarray = positions) -> RowsWithoutSinks:
+            return accumulator.without_sinks(accumulator.layers.index(layer), positions)
 
-        def read_bare(layer: int, positions: list[int] = positions, said: dict[int, str] = said) -> torch.Tensor:
-            bare, said[layer] = accumulator.without_sinks(accumulator.layers.index(layer))
-            return bare[positions]
-
-        probe = fit_probes(read, accumulator.layers, names, seed=seed)
+        probe = fit_probes(read, accumulator.layers, names, seed=seed, device=accumulator.device)
         changed = [layer for position, layer in enumerate(accumulator.layers) if accumulator.bare.differ(position)]
-        bare = probe.with_layers(fit_probes(read_bare, changed, names, seed=seed)) if changed else probe
-        for tokens, found in (("all", probe), ("without sinks", bare)):
-            notes = {} if tokens == "all" else said
+        bare = probe
+        if changed:
+            bare = probe.with_layers(fit_probes(read_bare, changed, names, seed=seed, device=accumulator.device))
+        said = {layer: accumulator.bare.note(position) for position, layer in enumerate(accumulator.layers)}
+        for tokens, found, notes in (("all", probe, {}), ("without sinks", bare, said)):
             for row, contributions in probe_rows(
                 found, target=target, middle=middle, seed=seed, tokens=tokens, said=notes
             ):
                 rows.append(row)
                 if contributions is not None:
-                    per_image.add(row.key, contributions, np.asarray(positions)[found.test])
+                    per_image.add(row.key, contributions, positions[found.test])
     return rows
 
 
