@@ -168,6 +168,17 @@ def test_probe_reads_what_the_sinks_hid(probes, kept_means):
     assert "stands" not in probes["probe_accuracy", "", "all", SOME].note
 
 
+def test_block_by_block_is_the_same(accumulator, probes, monkeypatch):
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.FEATURES_MEMORY", 1)
+    monkeypatch.setattr("keepsight.diagnosis.mean_tokens.BLOCK", 16)
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.BLOCK", 1 << 16)
+    rows = summary.target_rows(accumulator, {"kind": LABELS}, range(IMAGES), EACH, PerImageBuilder(NAMES), seed=4)
+    for row in rows:
+        if row.metric == "probe_accuracy" and not row.variant:
+            expected = probes["probe_accuracy", "", row.tokens, row.layer].value
+            assert row.value == pytest.approx(expected, abs=1.5 / 30), row
+
+
 def test_drop_is_between_two_accuracies_without_sinks(probes):
     chance = probes["probe_chance", "", "all", None].value
     for kind in ("all", "without sinks"):
