@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from keepsight.diagnosis import summary
-from keepsight.diagnosis.accumulate import Accumulator, Batch
+from keepsight.diagnosis.accumulate import Accumulator
+from keepsight.diagnosis.batch import Batch
 from keepsight.diagnosis.calibrate import LayerCalibration
 from keepsight.diagnosis.probe import L2_GRID, fit_probes, stratified_split
 from keepsight.diagnosis.similarity import Similarity
