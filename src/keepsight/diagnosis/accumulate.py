@@ -45,6 +45,8 @@ class Accumulator:
         exact: whether the sample holds every token; only said in the rows.
         bleeding: whether to count neighbours as well.
         by_object: whether to keep the values of each object.
+        direct: the sampled tokens of each layer go to the disk at once, so that a batch's are never in memory together;
+            its record, which lacks them, is for this accumulator only.
 
     Attributes:
         pooled: the mean token of each image; bare: the same without sinks, for `without_sinks`.
@@ -62,6 +64,7 @@ class Accumulator:
         exact: bool = False,
         bleeding: bool = True,
         by_object: bool = False,
+        direct: bool = False,
     ) -> None:
         self.layers = list(layers)
         self.width = width
@@ -69,6 +72,7 @@ class Accumulator:
         self.exact = exact
         self.bleeding = bleeding
         self.by_object = by_object
+        self.direct = direct
         self.pooled = LayerStore(folder / "pooled", len(layers), width)
         self.bare = MeansWithoutSinks(folder / "bare", self.pooled, [calibration[at].channels for at in self.layers])
         self.values = LayerStore(folder / "values", len(layers), len(COLUMNS))
@@ -129,7 +133,11 @@ class Accumulator:
 
         if layer == self.layers[0]:
             self._count_objects(raw)
-        self._taken["sampled"].append(x[batch.sample])
+        sampled = x[batch.sample]
+        if self.direct:
+            self.sampled.put(self.layers.index(layer), sampled)
+        else:
+            self._taken["sampled"].append(sampled)
 
     def _block(
         self, x: Tensor, groups: Groups, raw: Structure, mean: Tensor, channels: Tensor | None = None
@@ -196,7 +204,10 @@ class Accumulator:
         if "bare" in tensors:
             self.bare.append(tensors["bare"], tensors["values"][:, :, COLUMNS.index("sink_tokens")])
         self.values.append(tensors["values"])
-        self.sampled.append(tensors["sampled"])
+        if "sampled" in tensors:
+            self.sampled.append(tensors["sampled"])
+        else:
+            self.sampled.commit(tensors["sample"].shape[1])
         if self.by_object:
             self.object_values.append(tensors["object_values"])
             self.object_classes += record.classes
