@@ -123,6 +123,7 @@ def test_f1_is_that_of_scikit_learn():
             assert np.nanmean(per_image.of(row.key)) == pytest.approx(row.value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_f1_interval_covers():
     truth = f1_score(*zip(*[(r.question.answer == "yes", r.prediction == "yes") for r in records(20000)], strict=True))
     covered = 0
