@@ -28,6 +28,9 @@ CHOICES = ("a cat", "two dogs", "a cat and a dog")
         ("it is a cat and a dog, I think", 2),  # "cat" occurs in the choice that occurs
         ("a cat, or two dogs", None),
         ("A cat", 0),  # an article, not a letter
+        ("**B**", 1),
+        ("**Answer:** `B`.", 1),
+        ("The answer is **(B) a dog**", 1),
         ("a bird", None),
         ("", None),
         ("D", None),
