@@ -133,6 +133,8 @@ class ForwardPass:
             return args, {name: value for name, value in kwargs.items() if name not in self._extra}
         return None
 
+    # Where the visual tokens lie is asked of the data, which takes a compiler that traces it longer than the model.
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._disarm()
         self.loss_sum = None
@@ -203,6 +205,7 @@ class ForwardPass:
         parts = [parameter.sum().float() for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
         return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
+    @torch.compiler.disable
     def _loss_of(self, layers: list[int]) -> Tensor:
         """Loss of these layers by their shares, summed over the pictures of this forward."""
         missing = [layer for layer in layers if layer not in self._states]
