@@ -7,13 +7,14 @@ from typing import Any
 from keepsight.results.answers import ANSWERS
 from keepsight.results.examples import INDEX
 from keepsight.results.per_image import PER_IMAGE
+from keepsight.results.points import POINTS
 from keepsight.results.staging import entries, move
 from keepsight.results.thumbnails import THUMBNAILS
 
 RUN_FILE = "run.json"
 EXAMPLES = "examples"
-RESUMED = ("training", "evaluation")  # kinds whose commands go on with a run, and replace none
-_OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md", *PER_IMAGE, ANSWERS, THUMBNAILS)
+RESUMED = ("training", "evaluation", "attribution")  # kinds whose commands go on with a run, and replace none
+_OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md", *PER_IMAGE, ANSWERS, THUMBNAILS, POINTS)
 _TRAINING = ("stages", "curves.jsonl", "model", "adapter")  # what a training's folder holds beside them
 
 
