@@ -86,7 +86,7 @@ def attribution(runs: Sequence[Run], first: int) -> Attribution | None:
     if drawn is None:
         return None
     paths = _paths(runs, first)
-    layers = sorted({layer for path in paths for point in path.points for _, layer in point.told})
+    layers = sorted({layer for run in runs for curve in run.curves.values() for layer in curve if layer is not None})
     layer = runs[0].middle if runs[0].middle in layers else layers[0]
     trainings = _trainings(runs, paths)
 
@@ -148,7 +148,7 @@ def _curve(panel: Panel, runs: Sequence[Run], trainings: Sequence[tuple[Path, Ru
     parts = [(path, run) for path, run in trainings if series in run.curves]
     thin = [{**line_of(path.number, run, series, "part"), "name": path.label} for path, run in parts]
     (view,) = panel.views
-    lines = [*thin, *({**line, "run": line["run"] + first} for line in view["lines"])]
+    lines = [*thin, *({**line, "run": line["run"] + first, "solid": True} for line in view["lines"])]
     return replace(
         panel,
         id=_id(panel),

@@ -45,8 +45,8 @@ def _told(row: Measurement) -> bool:
 
 
 def sentence(runs: Sequence[Run]) -> str:
-    """What the attributions show at their middle layers, in one sentence that can be quoted."""
-    return "; ".join(_one(run) for run in runs) + "."
+    """What the attributions show at their middle layers, in a sentence each that can be quoted."""
+    return " ".join(f"{_one(run)}." for run in runs)
 
 
 def _one(run: Run) -> str:

@@ -10,6 +10,7 @@ const keepsightAttribution = (data, { plain, colour, inkOf, symbolOf, axis, fram
   // The same range at every layer, so that what moves is the points; room for the largest mark.
   function range(values) {
     const known = values.filter((value) => value !== null);
+    if (!known.length) return [0, 1];
     const low = Math.min(...known), high = Math.max(...known);
     const room = 0.09 * (high - low || 0.1);
     return [low - room, high + room];

@@ -41,7 +41,7 @@
       }
       drawn.push({
         x: line.x, y: times(line.y), mode: "lines+markers", connectgaps: false, customdata: line.text.map(plain),
-        line: { color: ink, width: 2, dash: DASHES[line.run % DASHES.length] },
+        line: { color: ink, width: 2, dash: line.solid ? "solid" : DASHES[line.run % DASHES.length] },
         marker: { color: ink, size: line.x.length > 20 ? 4 : 6.5, symbol: symbolOf(line.run) },
         hovertemplate: "<b>" + plain(data.runs[line.run].label).replace(/%/g, "&#37;") + "</b>  %{customdata}<extra></extra>",
       });
@@ -72,9 +72,10 @@
     const depth = Math.max(...data.runs.map((run) => run.depth), 1);
     const step = [1, 2, 4, 5, 10, 20].find((size) => depth / size <= 9) || 40;
     const shapes = [], annotations = [];
-    const marks = [...new Set(data.runs.map((run) => run.preLayer).filter((layer) => layer !== null))];
+    const drawn = [...new Set(view.lines.filter((line) => line.role === "run").map((line) => line.run))];
+    const marks = [...new Set(drawn.map((number) => data.runs[number].preLayer).filter((layer) => layer !== null))];
     for (const layer of marks) {
-      const number = data.runs.findIndex((run) => run.preLayer === layer);
+      const number = drawn.find((number) => data.runs[number].preLayer === layer);
       const ink = inkOf(number);
       shapes.push({ type: "line", x0: layer, x1: layer, yref: "paper", y0: 0, y1: 1, line: { color: ink, width: 1, dash: "dot" }, layer: "below" });
       annotations.push({ x: layer, yref: "paper", y: 1, yanchor: "bottom", text: "PRe", showarrow: false, font: { size: 11, color: ink } });
