@@ -83,7 +83,8 @@ def conclude(run: RunDirectory, points: Sequence[Point], **known: Any) -> RunDir
     infos = [RunDirectory.open(run.path / point.training / point.name).info for point in points]
     names = {info["model"]["name"] for info in infos}
     asked = next((skill.n for point in points if (skill := point.skill) is not None), None)
-    counts = {"trainings": len(trainings), "checkpoints": len(points), "questions": asked, **infos[0]["counts"]}
+    counts = {"trainings": len(trainings), "checkpoints": len(points), "questions": asked}
+    counts |= {name: infos[0]["counts"].get(name) for name in ("images", "skipped images")}
     first = {name: infos[0].get(name) for name in ("depth", "width", "prompt", "seed", "targets")}
     run.write_rows(over_seeds([correlations(of) for of in trainings.values()]))
     run.write_points(points)

@@ -98,9 +98,9 @@ def test_the_verdict_tells_what_its_intervals_tell() -> None:
     assert verdict([dataclasses.replace(two, rows=rows)]) == (
         "paid: over 2 trainings, answers and what the middle layer (4 of 8) tells go against each other in a "
         "(r = −0.90 [−0.99, −0.20]) and go together in c (r = 0.80 [0.10, 0.90]); no trend can be told in b "
-        "(r = 0.50 [−0.30, 0.90])."
+        "(r = 0.50 [−0.30, 0.90]); no r of d: flat."
     )
-    assert "no trend can be told at the middle layer: every 95 % interval contains zero, or there is none (b" in (
+    assert "no trend can be told at the middle layer (4 of 8): every 95 % interval contains zero (b" in (
         verdict([dataclasses.replace(two, rows=rows[1:2])])
     )
     assert verdict([dataclasses.replace(two, rows=rows[3:])]).endswith("cannot be set against each other: flat.")

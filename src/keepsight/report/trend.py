@@ -51,25 +51,26 @@ def sentence(runs: Sequence[Run]) -> str:
 
 def _one(run: Run) -> str:
     trainings = len(by_training(run.loaded.points))
-    over = "one training" if trainings == 1 else f"{trainings} trainings"
-    start = f"{run.label}: over {over}, answers and what the middle layer ({run.middle} of {run.depth}) tells"
-    rows = [row for row in _middle(run) if row.value is not None]
+    start = f"{run.label}: over {'one training' if trainings == 1 else f'{trainings} trainings'}"
+    layer = f"the middle layer ({run.middle} of {run.depth})"
+    every = _middle(run)
+    rows = [row for row in every if row.value is not None]
     if not rows:
-        notes = "; ".join(dict.fromkeys(row.note for row in _middle(run))) or "the layer was not measured"
-        return f"{start} cannot be set against each other: {notes}"
+        notes = "; ".join(dict.fromkeys(row.note for row in every)) or "it was not measured"
+        return f"{start}, answers and what {layer} tells cannot be set against each other: {notes}"
     said = rows if trainings == 1 else [row for row in rows if _told(row)]
     against = _listed([row for row in said if (row.value or 0) < 0])
     together = _listed([row for row in said if (row.value or 0) >= 0])
     parts = [f"go against each other in {against}"] if against else []
     parts += [f"go together in {together}"] if together else []
-    text = f"{start} " + " and ".join(parts)
-    if trainings == 1:
-        return f"{text}; {TREND}"
-    rest = _listed([row for row in rows if not _told(row)])
+    text = f"{start}, answers and what {layer} tells {' and '.join(parts)}"
     if not said:
-        why = "every 95 % interval contains zero, or there is none"
-        return f"{run.label}: over {over}, no trend can be told at the middle layer: {why} ({rest})"
-    return text + (f"; no trend can be told in {rest}" if rest else "")
+        text = f"{start}, no trend can be told at {layer}: every 95 % interval contains zero ({_listed(rows)})"
+    elif rest := [row for row in rows if row not in said]:
+        text += f"; no trend can be told in {_listed(rest)}"
+    if lacking := [row for row in every if row.value is None]:
+        text += f"; no r of {', '.join(row.target for row in lacking[:_LISTED])}: {lacking[0].note}"
+    return f"{text}; {TREND}" if trainings == 1 else text
 
 
 def _listed(rows: Sequence[Measurement]) -> str:

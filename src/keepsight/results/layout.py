@@ -70,7 +70,7 @@ def check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
         if None not in (kind, there) and kind != there:
             even = "" if kind in RESUMED else ", not even with overwrite=True (--overwrite)"
             raise FileExistsError(
-                f"'{path}' holds a {there} run, which a {kind} must not replace{even}. Choose another folder"
+                f"'{path}' holds a {there} run, which {_a(kind)} must not replace{even}. Choose another folder"
             )
         if not overwrite:
             otherwise = (
@@ -89,6 +89,10 @@ def check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
             "overwriting never touches files that keepsight did not write"
         )
     return False
+
+
+def _a(kind: str | None) -> str:
+    return f"{'an' if str(kind).startswith(('a', 'e')) else 'a'} {kind}"
 
 
 def swap(new: Path, path: Path, old: Path) -> None:
