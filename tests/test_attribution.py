@@ -170,13 +170,16 @@ def test_over_a_training_stopped_and_gone_on(world, tmp_path, capsys, monkeypatc
     assert verdict([made]) in " ".join(said.split())
     assert cli.main([*command, "--limit", "3"]) == 2
     assert "was made with other settings (limit: None, now 3); choose another --out" in capsys.readouterr().err
-    shutil.copytree(run, tmp_path / "again")  # a second training joins: only its points are measured
-    second = [*command[:2], str(tmp_path / "again"), *command[2:]]
-    assert cli.main(second) == 0
+    shutil.copytree(run, tmp_path / "copy")
+    assert cli.main([*command[:2], str(tmp_path / "copy"), *command[2:]]) == 2
+    assert "the runs run, copy ended in the same weights, so they are no replicates" in capsys.readouterr().err
+    again = train(world, tmp_path / "again", keep_weights=True, seed=1)
+    assert cli.main([*command[:2], str(again), *command[2:]]) == 0  # joins: only its points are measured
     assert len(seen) == 9
     loaded = RunDirectory.open(tmp_path / "out").load()
     assert list(dict.fromkeys(point.training for point in loaded.points)) == ["run", "again"]
     assert {row.unit for row in loaded.rows} == {"seeds"}
+    assert loaded.seeds == [0, 1]
     assert "sources:\n- " in loaded.config
     assert cli.main(["compare", str(tmp_path / "out"), "--out", str(tmp_path / "compared.html")]) == 0
     assert '<section id="attribution">' in (tmp_path / "compared.html").read_text(encoding="utf-8")

@@ -105,8 +105,11 @@ def test_both_themes_and_print(opened: Callable[..., Tab], paid: Path, tmp_path:
 
 @pytest.mark.parametrize("width", [360, 1600])
 def test_nothing_is_wider_than_the_window(opened: Callable[..., Tab], tmp_path: Path, width: int) -> None:
-    """With a long name and beside other runs."""
-    runs = [sample_run(0), sample_attribution(["a-training-of-a-rather-long-name-" * 3, "b"])]
+    """With a long name, without an r, and beside other runs."""
+    paid = sample_attribution(["a-training-of-a-rather-long-name-" * 3, "b"])
+    lacking = dataclasses.replace(paid.rows[4], value=None, low=None, high=None, note="why there is none " * 9)
+    assert lacking.layer == DEPTH // 2
+    runs = [sample_run(0), dataclasses.replace(paid, rows=[*paid.rows[:4], lacking, *paid.rows[5:]])]
     page = start(opened(build(runs, tmp_path / "r.html"), viewport={"width": width, "height": 800}))
     page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
     screenshot(page, f"attribution-{width}", full=True)

@@ -177,7 +177,8 @@ def _trainings(sources: Sequence[str]) -> dict[str, Training]:
     """The runs by name, or the models given as one training.
 
     Raises:
-        ValueError: runs and models together, one model alone, two runs of one name, or a run that kept no weights.
+        ValueError: runs and models together, one model alone, two runs of one name or of the same weights, or a run
+            that kept none.
     """
     from keepsight.results import RUN_FILE, RunDirectory
     from keepsight.training.history import moments
@@ -196,6 +197,12 @@ def _trainings(sources: Sequence[str]) -> dict[str, Training]:
     opened = [RunDirectory.open(run) for run in runs]
     for run in opened:
         moments(run)  # now, not after the first has been walked through
+    ends = [(run.info.get("model") or {}).get("fingerprint") for run in opened]
+    if twins := [name for name, end in zip(names, ends, strict=True) if end and ends.count(end) > 1]:
+        raise ValueError(
+            f"the runs {', '.join(twins)} ended in the same weights, so they are no replicates, and an interval over "
+            "them would be feigned; give one of them, or trainings of several seeds."
+        )
     return {name: Training(partial(_run, run), run.info) for name, run in zip(names, opened, strict=True)}
 
 

@@ -31,8 +31,8 @@ def block(runs: Sequence[Run], first: int) -> Block:
             ends = (row.value, row.low, row.high)
             at, low, high = (None if end is None else round(50 * (1 + end), 2) for end in ends)
             interval = write_interval(row.metric, row.low, row.high)
-            text = write_number(row.metric, row.value) if row.value is not None else f"no r: {row.note}"
-            sample = f"{row.n} {row.unit}" if row.value is not None else ""
+            text = "no r" if row.value is None else write_number(row.metric, row.value)
+            sample = row.note if row.value is None else f"{row.n} {row.unit}"
             dot = Dot(number, at, low, high, text, interval, _told(row), sample)
             tracks.setdefault(row.target, Track(row.target, "", [])).dots.append(dot)
     ticks = [(50.0 * (1 + end), f"{end:+g}".replace("-", "−") if end else "0") for end in (-1, -0.5, 0, 0.5, 1)]
