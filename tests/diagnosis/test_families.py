@@ -149,7 +149,7 @@ def diagnosed(name: str, side: str, monkeypatch: pytest.MonkeyPatch, **options: 
     inputs: list[dict[str, torch.Tensor]] = []
 
     def fit(read: Any, layers: Any, names: Any, **more: Any) -> Any:
-        pooled.update({layer: np.array(read(layer)) for layer in layers})
+        pooled.update({layer: np.array(read(layer)[:]) for layer in layers})
         return fit_probes(read, layers, names, **more)
 
     monkeypatch.setattr("keepsight.diagnosis.summary.fit_probes", fit)

@@ -1,21 +1,23 @@
 """Probes against scikit-learn, planted layers and the shuffled-label control."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from keepsight.diagnosis.logistic import objective, solve
+from keepsight.diagnosis.logistic import objective, solve, solve_streamed, streamed_basis
 from keepsight.diagnosis.probe import (
     L2_GRID,
     drop_with_interval,
     fit_probes,
     probe_rows,
-    standardise,
     stratified_split,
     wilson,
 )
+from keepsight.diagnosis.probe_fit import standardise
 
 GRID = (1e-4, 1e-2, 1.0)
 
@@ -112,8 +114,8 @@ def test_memory_bound_does_not_change_the_result(monkeypatch, bound):
         sizes.append((len(x), len(l2)))
         return solve(x, y, l2, classes, known=known)
 
-    monkeypatch.setattr("keepsight.diagnosis.probe.solve", counted)
-    monkeypatch.setattr(f"keepsight.diagnosis.probe.{bound}", 1)
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.solve", counted)
+    monkeypatch.setattr(f"keepsight.diagnosis.probe_fit.{bound}", 1)
     one_by_one = fit_probes(lambda layer: layers[layer], range(4), labels)
     np.testing.assert_array_equal(together.correct, one_by_one.correct)
     np.testing.assert_array_equal(together.l2, one_by_one.l2)
@@ -179,3 +181,55 @@ def test_constant_features_are_ignored():
     a = fit_probes(lambda layer: layers[layer], range(4), labels)
     b = fit_probes(lambda layer: with_constant[layer], range(4), labels)
     np.testing.assert_array_equal(a.correct, b.correct)
+
+
+class OnDisk:
+    """Features of which only a few rows may be asked for at once."""
+
+    def __init__(self, x: torch.Tensor, most: int) -> None:
+        self.x, self.most, self.shape, self.asked = x, most, x.shape, 0
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        assert len(rows) <= self.most
+        self.asked += len(rows)
+        return self.x[rows]
+
+
+@pytest.mark.parametrize("strengths_memory", [2 << 30, 1])
+def test_a_layer_read_block_by_block_answers_alike(monkeypatch, strengths_memory):
+    layers, labels = planted(n=400)
+    layers[:, :, 3] = 2.5  # a constant feature
+    layers[1] = layers[2] * torch.logspace(-3, 3, 16) + 1e3  # large means and badly conditioned
+    layers[2] += 0.05 * torch.arange(400)[:, None]  # blocks of different means
+    whole = fit_probes(lambda layer: layers[layer], range(4), labels, seed=3)
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.FEATURES_MEMORY", 1)
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.STRENGTHS_MEMORY", strengths_memory)
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.BLOCK", 20_000)
+    stored = {layer: OnDisk(layers[layer], 60) for layer in range(4)}
+    streamed = fit_probes(stored.__getitem__, range(4), labels, seed=3)
+    for name in ("correct", "shuffled"):
+        assert (getattr(whole, name) != getattr(streamed, name)).mean() < 0.01, name
+    np.testing.assert_array_equal(whole.l2, streamed.l2)
+    np.testing.assert_allclose(whole.validation, streamed.validation, atol=0.013)  # one of 80 pictures
+    assert stored[0].asked > 10 * 240  # a pass a step
+
+
+def test_block_by_block_solves_scikit_learns_problem():
+    n, d = 300, 30
+    x, y = features(1, n, d, 4, 0.1)
+    z = standardise(x, np.arange(n))[0]
+    known = streamed_basis(lambda: ((z[i : i + 70], y[i : i + 70]) for i in range(0, n, 70)))
+    blocks = partial(zip, z.split(110), y.split(110))
+    found = solve_streamed(blocks, torch.tensor(GRID), 4, known=known)
+    ours = objective(z[None], y, torch.tensor(GRID), found.weights, found.intercept)[0]
+    torch.testing.assert_close(ours, found.objective[0], rtol=1e-4, atol=1e-7)
+    for r, l2 in enumerate(GRID):
+        oracle = LogisticRegression(C=1 / (n * l2), tol=1e-7, max_iter=5000).fit(z.double().numpy(), y)
+        theirs = objective(
+            z[None],
+            y,
+            torch.tensor([l2]),
+            torch.tensor(oracle.coef_.T)[None, None],
+            torch.tensor(oracle.intercept_)[None, None],
+        )
+        assert ours[r].item() == pytest.approx(theirs.item(), rel=1e-3)

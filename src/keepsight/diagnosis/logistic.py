@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.losses import Blocks, InMemory, Problems, Streamed
+
 HISTORY = 4
 Basis = tuple[Tensor, Tensor, Tensor]
 STAGNATION = 8  # steps without progress beyond float32 noise
@@ -59,58 +61,6 @@ def basis(x: Tensor) -> Basis:
     features = left * singular[:, None, :]
     back = x.double().transpose(1, 2) @ (left * torch.where(kept, 1 / singular, 0.0)[:, None, :])
     return features.to(x.dtype), singular.square().to(x.dtype), back.to(x.dtype)
-
-
-class _Problems:
-    """p × r problems in the eigenbasis: features [p, n, D], penalty and mean square of each coordinate [p, r, 1, D].
-
-    Parameters are [p, r, C, D], logits [p, n, r, C]; the last of the D coordinates is the intercept.
-    """
-
-    def __init__(self, features: Tensor, squares: Tensor, l2: Tensor, y: Tensor, classes: int) -> None:
-        p, n, width = features.shape
-        r = l2.shape[0]
-        ridge = l2.to(features)[None, :, None].expand(p, r, width)
-        self.ridge = torch.cat([ridge, ridge.new_zeros(p, r, 1)], dim=2)[:, :, None]
-        spread = (squares / n)[:, None, :].expand(p, r, width)
-        self.spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[:, :, None]
-        self.features = torch.cat([features, features.new_ones(p, n, 1)], dim=2)
-        self.y, self.classes = y, classes
-        self.right = torch.nn.functional.one_hot(y, classes).to(features)[None, :, None]  # [1, n, 1, C]
-
-    def keep(self, rows: Tensor, columns: Tensor) -> None:
-        self.features = self.features[rows]
-        self.ridge, self.spread = self.ridge[rows][:, columns], self.spread[rows][:, columns]
-
-    def logits(self, parameters: Tensor) -> Tensor:
-        p, r, c, width = parameters.shape
-        return (self.features @ parameters.reshape(p, r * c, width).transpose(1, 2)).view(p, -1, r, c)
-
-    def loss(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Mean loss [p, r], and the shares p(class) as numerators [p, n, r, C] and denominators [p, n, r, 1].
-
-        Logits are taken relative to that of the right answer: log(1 + small) keeps small losses exact in float32, and
-        a step that would overflow has an infinite loss, which the line search refuses.
-        """
-        index = self.y[None, :, None, None].expand(*logits.shape[:3], 1)
-        odds = (logits - logits.gather(3, index)).exp_()
-        total = odds @ odds.new_ones(self.classes, 1)  # a product is much faster than a sum over a short dimension
-        return total[..., 0].log().double().mean(dim=1), (odds, total)
-
-    def penalty(self, a: Tensor, b: Tensor) -> Tensor:
-        return 0.5 * (self.ridge * a * b).sum(dim=(2, 3)).double()
-
-    def gradient(self, shares: tuple[Tensor, Tensor], parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, and the inverse of the diagonal model of the Hessian at the present uncertainty."""
-        odds, total = shares
-        p, n, r, c = odds.shape
-        share = odds.div_(total)
-        # mean p(1 − p) over pictures and classes; the shares of a picture sum to one
-        squares = share.view(p, n, r * c).square().sum(dim=1).view(p, r, c).sum(dim=2)
-        uncertainty = ((1 - squares / n) / c)[..., None, None]
-        share.sub_(self.right)
-        gradient = (share.view(p, n, r * c).transpose(1, 2) @ self.features).div_(n).view(p, r, c, -1)
-        return gradient.addcmul_(self.ridge, parameters), (uncertainty * self.spread + self.ridge).reciprocal_()
 
 
 class _History:
@@ -181,38 +131,70 @@ def solve(
         The solutions in the coordinates of `x`.
     """
     features, squares, back = basis(x) if known is None else known
-    problems, history = _Problems(features, squares, l2, y, classes), _History()
-    p, r, width = features.shape[0], l2.shape[0], features.shape[2]
-    solution = x.new_zeros(p, r, classes, width + 1)
-    best = x.new_zeros(p, r, dtype=torch.float64)
-    finished = torch.zeros(p, r, dtype=torch.bool)
-    rows, columns = torch.arange(p), torch.arange(r)  # the problems still running
-    parameters = torch.zeros_like(solution)
-    logits = problems.logits(parameters)
-    value, shares = problems.loss(logits)
-    gradient, inverse = problems.gradient(shares, parameters)
+    return _descend(InMemory(features, squares, l2, y, classes), back, tolerance, max_steps)
+
+
+def solve_streamed(
+    blocks: Blocks,
+    l2: Tensor,
+    classes: int,
+    *,
+    known: tuple[int, Tensor, Tensor],
+    tolerance: float = 1e-4,
+    max_steps: int = 500,
+) -> Solution:
+    """The same for one layer of more pictures than features, which are never in memory together.
+
+    Args:
+        blocks: gives, each time anew, the standardised features [b, d] and class indices [b] block by block.
+        known: `streamed_basis(blocks)`.
+    """
+    n, squares, vectors = known
+    return _descend(Streamed(blocks, squares, vectors, l2, n, classes), vectors[None], tolerance, max_steps)
+
+
+def streamed_basis(blocks: Blocks) -> tuple[int, Tensor, Tensor]:
+    """Number of pictures, and squared singular values [d] and eigenvectors [d, d] of the features in `blocks`."""
+    gram, n = None, 0
+    for x, _ in blocks():
+        part = (x.T @ x).double()
+        gram, n = part if gram is None else gram.add_(part), n + len(x)
+    if gram is None:
+        raise ValueError("there are no blocks of features; a probe needs at least one picture")
+    squares, vectors = torch.linalg.eigh(gram)
+    return n, squares.clamp(min=0).float(), vectors.float()
+
+
+def _descend(problems: Problems, back: Tensor, tolerance: float, max_steps: int) -> Solution:
+    """L-BFGS from zero; `back` [P, d, D − 1] leads from the eigenbasis to the features."""
+    p, r, _, width = problems.ridge.shape
+    classes, device = problems.classes, back.device
+    solution = back.new_zeros(p, r, classes, width)
+    best = back.new_zeros(p, r, dtype=torch.float64)
+    finished = torch.zeros(p, r, dtype=torch.bool, device=device)
+    rows, columns = torch.arange(p, device=device), torch.arange(r, device=device)  # the problems still running
+    parameters, history = torch.zeros_like(solution), _History()
+    value = problems.start(parameters)
+    gradient, inverse = problems.gradient(parameters)
     stalled = torch.zeros_like(value)
     steps = 0
     while steps < max_steps:
         steps += 1
         direction = history.direction(gradient, inverse)
         slope = (gradient * direction).sum(dim=(2, 3)).double()
-        along = problems.logits(direction)
+        problems.towards(parameters, direction)
         base = problems.penalty(parameters, parameters)
         cross, own = 2 * problems.penalty(parameters, direction), problems.penalty(direction, direction)
         step = torch.ones_like(value)
-        for _ in range(20):  # a straight line in the logits: a trial costs no product with the features
-            trial_logits = torch.addcmul(logits, step.to(x.dtype)[:, None, :, None], along)
-            loss, shares = problems.loss(trial_logits)
-            trial = loss + base + step * cross + step**2 * own
+        for _ in range(20):
+            trial = problems.trial(step) + base + step * cross + step**2 * own
             bad = trial > value + 1e-4 * step * slope + 1e-7 * value.abs()
             if not bad.any():
                 break
             step = torch.where(bad, step / 2, step)
-        logits = trial_logits
-        moved = step.to(x.dtype)[..., None, None] * direction
+        moved = step.to(back)[..., None, None] * direction
         parameters = parameters + moved
-        following, inverse = problems.gradient(shares, parameters)
+        following, inverse = problems.gradient(parameters)
         history.add(moved, following - gradient)
         stalled = torch.where(value - trial <= 1e-6 * trial.abs(), stalled + 1, 0.0)
         gradient, value = following, trial
@@ -233,7 +215,6 @@ def solve(
         rows, columns = rows[keep_rows], columns[keep_columns]
         problems.keep(keep_rows, keep_columns)
         history.keep(keep_rows, keep_columns)
-        logits = logits[keep_rows][:, :, keep_columns]
         parameters, gradient, inverse, value, stalled = (
             t[keep_rows][:, keep_columns] for t in (parameters, gradient, inverse, value, stalled)
         )

@@ -61,7 +61,7 @@ def measure(
     calibration, tokens = team.from_first(
         team.together(lambda: _calibration(vlm, loader, layers, calibration_images, kept) if team.first else ({}, 0.0))
     )
-    calibration = {layer: one.to(_device(vlm)) for layer, one in calibration.items()}
+    calibration = {layer: one.to(device_of(vlm)) for layer, one in calibration.items()}
     loader.rate = 1.0 if exact else min(1.0, max(SAMPLE, 2 * vlm.width) / (n * tokens))
     loader.counted = COUNTED / n  # of one or more, all
     if exact and team.first:
@@ -147,7 +147,7 @@ def accumulate(
 
 def run_batch(vlm: Vlm, decoded: Decoded, accumulator: Accumulator, source: EncoderOutput | None = None) -> Record:
     """One batch of the main pass."""
-    accumulator.begin(decoded.batch.to(_device(vlm)))
+    accumulator.begin(decoded.batch.to(device_of(vlm)))
     forward(vlm, decoded, accumulator.layers, accumulator.sink)
     if source is not None:
         source.keep(decoded, accumulator)
@@ -218,12 +218,12 @@ def forward(vlm: Vlm, decoded: Decoded, layers: Sequence[int], sink: Any) -> Non
 
 def on_device(vlm: Vlm, decoded: Decoded) -> dict[str, Any]:
     """The model's inputs where it is, in its dtype."""
-    device, dtype = _device(vlm), next(vlm.core.parameters()).dtype
+    device, dtype = device_of(vlm), next(vlm.core.parameters()).dtype
     return {
         name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
         for name, value in decoded.inputs.items()
     }
 
 
-def _device(vlm: Vlm) -> torch.device:
+def device_of(vlm: Vlm) -> torch.device:
     return next(vlm.core.parameters()).device

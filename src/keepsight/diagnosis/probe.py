@@ -14,26 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from keepsight.diagnosis.logistic import Basis, basis, solve
+from keepsight.diagnosis.probe_fit import (
+    Features,
+    Fit,
+    Split,
+    bytes_per_layer,
+    fit,
+    fit_streamed,
+    layers_memory,
+    streams,
+)
 from keepsight.results import Measurement
 
 L2_GRID = tuple(10.0 ** (k / 2) for k in range(-8, 3))  # of the mean loss: 1e-4 … 10
 VALIDATION, TEST = 0.2, 0.2
 SHUFFLED = "shuffled labels"
 RESAMPLES = 2000
-MEMORY = 16 << 20  # bytes that the layers fitted together may take
-STRENGTHS_MEMORY = 2 << 30  # bytes that the strengths of one layer fitted together may take
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices of the training, validation and test images."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
 
 
 def stratified_split(labels: Sequence[str], seed: int) -> Split:
@@ -89,19 +86,24 @@ class Probe:
 
 
 def fit_probes(
-    read: Callable[[int], Tensor],
+    read: Callable[[int], Features],
     layers: Sequence[int],
     labels: Sequence[str],
     *,
     seed: int = 0,
     grid: Sequence[float] = L2_GRID,
+    device: torch.device | str = "cpu",
 ) -> Probe:
-    """Probe every layer, as many layers at a time as `MEMORY` allows.
+    """Probe every layer, as many layers at a time as memory allows.
+
+    A layer whose features alone take too much (`probe_fit.FEATURES_MEMORY`) is read block by block, once for every
+    step of the solver. The objective is the same, so the answers are those of features in memory, but for rounding.
 
     Args:
         read: layer → [n, d] features of the n labelled images.
         labels: [n] class names.
         seed: of the split and of the shuffled-label control.
+        device: where the probes are fitted.
 
     Raises:
         ValueError: see `stratified_split`.
@@ -114,21 +116,26 @@ def fit_probes(
     shuffled = y.clone()
     shuffled[known] = y[np.random.default_rng([seed, 1]).permutation(known)]
 
-    l2 = torch.tensor(grid, dtype=torch.float32)
-    fits: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {"true": [], "shuffled": []}
+    targets = (y.to(device), shuffled.to(device))
+    l2 = torch.tensor(grid, dtype=torch.float32, device=device)
+    fits: list[list[Fit]] = [[], []]
     together, start = None, 0
     while start < len(layers):
         first = read(layers[start])
-        if together is None:
-            together = max(1, MEMORY // _bytes_per_layer(len(split.train), first.shape[1], len(names), len(grid)))
-        chunk = [first, *map(read, layers[start + 1 : start + together])]
-        start += len(chunk)
-        z = standardise(torch.stack(chunk), split.train)
-        del chunk, first
-        known_basis = basis(z[:, split.train])
-        for kind, target in (("true", y), ("shuffled", shuffled)):
-            fits[kind].append(_fit(z, known_basis, target, y, split, l2, len(names)))
-    validation, strength, correct = (np.concatenate(part) for part in zip(*fits["true"], strict=True))
+        n, d = len(split.train), first.shape[1]
+        if streams(n, d):
+            start += 1
+            found = fit_streamed(first, targets, targets[0], split, l2, len(names))
+        else:
+            together = together or max(1, layers_memory(device) // bytes_per_layer(n, d, len(names), len(grid)))
+            chunk = [torch.as_tensor(some[:]) for some in (first, *map(read, layers[start + 1 : start + together]))]
+            start += len(chunk)
+            found = fit(torch.stack(chunk).to(device), targets, targets[0], split, l2, len(names))
+        for kind, outcome in zip(fits, found, strict=True):
+            kind.append(outcome)
+    (validation, strength, correct), (_, _, control) = (
+        tuple(np.concatenate(part) for part in zip(*kind, strict=True)) for kind in fits
+    )
     majority = torch.bincount(y[split.train], minlength=len(names)).argmax()
     return Probe(
         layers=list(layers),
@@ -136,58 +143,9 @@ def fit_probes(
         validation=validation,
         l2=strength,
         correct=correct,
-        shuffled=np.concatenate([part[2] for part in fits["shuffled"]]),
+        shuffled=control,
         majority=(y[split.test] == majority).numpy(),
     )
-
-
-def standardise(x: Tensor, train: np.ndarray) -> Tensor:
-    """[P, n, d] float32 with mean 0 and variance 1 over the training images; constant features become 0."""
-    part = x[:, train].double()
-    mean, deviation = part.mean(dim=1, keepdim=True), part.std(dim=1, correction=0, keepdim=True)
-    # A deviation at the level of float32 rounding is a constant feature, not information.
-    constant = deviation <= 1e-6 * mean.abs() + 1e-30
-    scale = torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30))
-    return ((x - mean.float()) * scale.float()).float()
-
-
-def _bytes_per_layer(n: int, d: int, classes: int, strengths: int) -> int:
-    width = min(n, d)
-    return 4 * (3 * n * d + 2 * n * width + 3 * width * width) + strengths * _bytes_per_strength(n, d, classes)
-
-
-def bytes_together(n: int, d: int, classes: int, strengths: int) -> int:
-    """What fitting one layer on n pictures takes at most, with as many strengths together as are allowed."""
-    together = min(strengths, max(1, STRENGTHS_MEMORY // _bytes_per_strength(n, d, classes)))
-    return _bytes_per_layer(n, d, classes, together)
-
-
-def _bytes_per_strength(n: int, d: int, classes: int) -> int:
-    return 4 * (8 * n * classes + 16 * min(n, d) * classes)
-
-
-def _fit(
-    z: Tensor, known: Basis, target: Tensor, truth: Tensor, split: Split, l2: Tensor, classes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Validation accuracy [P] and strength [P] of the best fit, and its test answers [P, n_test]."""
-    together = max(1, STRENGTHS_MEMORY // (len(z) * _bytes_per_strength(len(split.train), z.shape[2], classes)))
-    parts = [solve(z[:, split.train], target[split.train], some, classes, known=known) for some in l2.split(together)]
-    all_weights, intercepts = (
-        torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("weights", "intercept")
-    )
-    guess = _predict(z[:, split.validation], all_weights, intercepts)  # [P, R, n]
-    accuracy = (guess == target[split.validation]).double().mean(dim=2)
-    # Of equally good strengths, the strongest: the simpler classifier.
-    chosen = len(l2) - 1 - accuracy.flip(1).argmax(dim=1)
-    layer = torch.arange(len(z))
-    weights, intercept = all_weights[layer, chosen][:, None], intercepts[layer, chosen][:, None]
-    answers = _predict(z[:, split.test], weights, intercept)[:, 0]
-    return accuracy[layer, chosen].numpy(), l2[chosen].numpy(), (answers == truth[split.test]).numpy()
-
-
-def _predict(z: Tensor, weights: Tensor, intercept: Tensor) -> Tensor:
-    """[P, R, n] class indices."""
-    return (z[:, None] @ weights + intercept[:, :, None]).argmax(dim=-1)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

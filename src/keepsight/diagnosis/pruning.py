@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.passes import forward
+from keepsight.diagnosis.passes import device_of, forward
 from keepsight.diagnosis.probe import fit_probes, wilson
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.summary import too_small
@@ -62,7 +62,7 @@ def pruning_rows(
             if len(set(names)) < 2 or len(names) < 5:
                 continue  # `probe_accuracy` says why
             features = {layer: pooled[layer][chosen] for layer in layers}
-            probe = fit_probes(features.__getitem__, layers, names, seed=seed)
+            probe = fit_probes(features.__getitem__, layers, names, seed=seed, device=device_of(vlm))
             for layer, correct in zip(probe.layers, probe.correct, strict=True):
                 low, high = wilson(int(correct.sum()), len(correct))
                 rows.append(

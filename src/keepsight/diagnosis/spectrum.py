@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from scipy.special import stdtrit
@@ -21,11 +21,38 @@ from keepsight.results.intervals import Estimate
 GROUPS = 10  # jackknife groups of images
 SHARES = (0.90, 0.95, 0.99)
 CHUNK = 1024  # tokens a float32 product may sum over
+BLOCKS = 4  # of rows that a symmetric matrix is computed in: 10 of 16 blocks, the others are their mirror image
 DEAD = 1e-12  # a channel with less than this share of the mean channel variance counts as constant
+
+
+def _row_blocks(d: int) -> Iterator[tuple[int, int]]:
+    step = max(1, -(-d // BLOCKS))
+    return ((start, min(start + step, d)) for start in range(0, d, step))
+
+
+def mirrored(matrix: Tensor) -> Tensor:
+    """The symmetric matrix [..., d, d] whose lower block triangle `matrix` has; in place."""
+    for start, stop in _row_blocks(matrix.shape[-1]):
+        matrix[..., :start, start:stop] = matrix[..., start:stop, :start].transpose(-2, -1)
+    return matrix
+
+
+def along(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """vᵀ M v for each column v of vectors [d, k], from the lower block triangle of the symmetric M [d, d]."""
+    found = vectors.new_zeros(vectors.shape[1])
+    for start, stop in _row_blocks(len(matrix)):
+        rows, own = matrix[start:stop], vectors[start:stop]
+        part = rows[:, start:stop] @ own
+        if start:
+            part.addmm_(rows[:, :start], vectors[:start], alpha=2)
+        found += (part * own).sum(dim=0)
+    return found
 
 
 class CovarianceSums:
     """Streaming sums of tokens and of their products, one set for each of G groups of images.
+
+    Of the products only the lower block triangle is summed; `covariance_of` makes them whole.
 
     Args:
         width: d.
@@ -44,7 +71,8 @@ class CovarianceSums:
         """Add the tokens [t, d] of one group of images."""
         for start in range(0, tokens.shape[0], CHUNK):
             z = tokens[start : start + CHUNK].float() - self.shift
-            self.second[group].add_(z.T @ z)
+            for low, high in _row_blocks(z.shape[1]):
+                self.second[group, low:high, :high].add_(z[:, low:high].T @ z[:, :high])
             self.first[group].add_(z.sum(dim=0))
             self.count[group] += z.shape[0]
 
@@ -64,7 +92,7 @@ class CovarianceSums:
         """The sums over these channels only (channels: bool [d])."""
         chosen = copy.copy(self)
         chosen.shift, chosen.first = self.shift[channels], self.first[:, channels]
-        chosen.second = self.second[:, channels][:, :, channels]
+        chosen.second = mirrored(self.second)[:, channels][:, :, channels]
         return chosen
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +106,10 @@ class CovarianceSums:
 
 def covariance_of(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """[d, d] float64 population covariance from sums."""
+    return mirrored(_lower_covariance(count, first, second))
+
+
+def _lower_covariance(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     mean = first / count
     return (second / count).addr_(mean, mean, alpha=-1)
 
@@ -195,22 +227,22 @@ def spectrum(sums: CovarianceSums) -> dict[tuple[str, str], Estimate]:
     if dead:
         directions["correlation"] = pearson.new_zeros(len(live), len(pearson), dtype=torch.float32)
         directions["correlation"][live] = basis["correlation"][1]
+    ones, c = covariance.new_ones(len(live), 1), len(pearson)
     for g in present:
-        part = covariance_of(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
+        part = _lower_covariance(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
         variance = part.diagonal().clamp(min=0)
         # 1/deviation, with which the covariance says of the correlation what is needed, without its being formed
-        scale = torch.where(live & (variance > 0), variance.rsqrt(), 0.0)
+        scale = torch.where(live & (variance > 0), variance.rsqrt(), 0.0)[:, None]
         rounded = part.float()
         for variant, vectors in directions.items():
-            turned = vectors if variant == "covariance" else vectors * scale.float()[:, None]
-            spectra[variant].append(((rounded @ turned) * turned).sum(dim=0).double())
-        squares, weight = part * part, scale.square()
-        correlated = weight @ part.diagonal()
-        without.setdefault((names[0], "covariance"), []).append(float(part.trace() ** 2 / squares.sum()))
-        without.setdefault((names[0], "correlation"), []).append(float(correlated**2 / (weight @ (squares @ weight))))
-        if (c := pearson.shape[0]) > 1:
-            off = (scale @ (part.abs_() @ scale) - correlated) / (c * (c - 1))
-            without.setdefault(("feature_correlation", ""), []).append(float(off))
+            turned = vectors if variant == "covariance" else vectors * scale.float()
+            spectra[variant].append(along(rounded, turned).double())
+        squares, correlated = part * part, float(variance @ scale[:, 0].square())
+        without.setdefault((names[0], "covariance"), []).append(float(variance.sum() ** 2 / along(squares, ones)))
+        without.setdefault((names[0], "correlation"), []).append(correlated**2 / float(along(squares, scale.square())))
+        if c > 1:
+            off = (float(along(part.abs_(), scale)) - correlated) / (c * (c - 1))
+            without.setdefault(("feature_correlation", ""), []).append(off)
 
     found: dict[tuple[str, str], Estimate] = {}
     for variant, matrix in full.items():

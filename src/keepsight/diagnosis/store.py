@@ -37,8 +37,26 @@ class LayerStore:
         """These rows of the layer in position `layer`, in any order: [len(rows), width]."""
         if not len(rows):
             return np.empty((0, self.width), np.float32)
-        return np.array(np.memmap(self._paths[layer], np.float32, "r", shape=(self.rows, self.width))[rows])
+        return np.asarray(np.memmap(self._paths[layer], np.float32, "r", shape=(self.rows, self.width))[rows])
+
+    def rows_of(self, layer: int, rows: np.ndarray) -> StoredRows:
+        """These rows of the layer in position `layer`, read as they are asked for."""
+        return StoredRows(self, layer, rows)
 
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+class StoredRows:
+    """Rows of a `LayerStore` as an array [n, width] that lies on the disk."""
+
+    def __init__(self, store: LayerStore, layer: int, rows: np.ndarray) -> None:
+        self.store, self.layer, self.rows = store, layer, rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.store.width
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        return self.store.gather(self.layer, self.rows[index])

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
 from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.spectrum import spectrum
+from keepsight.diagnosis.store import StoredRows
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.results.intervals import Estimate, mean_interval, ratio_shares
 
@@ -142,7 +142,9 @@ def target_rows(
     for target, values in tracked(labels.items(), "probes", progress):
         kept = {str(value) for value in values if value is not None}
         small = too_small(values, done)
-        positions = [i for i, index in enumerate(done) if values[index] is not None and values[index] not in small]
+        positions = np.array(
+            [i for i, at in enumerate(done) if values[at] is not None and values[at] not in small], int
+        )
         names = [str(values[done[i]]) for i in positions]
         if small:
             listed = ", ".join(repr(name) for name in small[:3]) + (", …" if len(small) > 3 else "")
@@ -155,14 +157,14 @@ def target_rows(
             rows.append(Measurement("probe_accuracy", None, target=target, seed=seed, note=why))
             continue
 
-        def read(layer: int, positions: list[int] = positions) -> torch.Tensor:
-            return torch.from_numpy(accumulator.pooled.read(accumulator.layers.index(layer))[positions])
+        def read(layer: int, positions: np.ndarray = positions) -> StoredRows:
+            return accumulator.pooled.rows_of(accumulator.layers.index(layer), positions)
 
-        probe = fit_probes(read, accumulator.layers, names, seed=seed)
+        probe = fit_probes(read, accumulator.layers, names, seed=seed, device=accumulator.device)
         for row, contributions in probe_rows(probe, target=target, middle=middle, seed=seed):
             rows.append(row)
             if contributions is not None:
-                per_image.add(row.key, contributions, np.asarray(positions)[probe.test])
+                per_image.add(row.key, contributions, positions[probe.test])
     return rows
 
 
