@@ -46,13 +46,13 @@ def page(three: LoadedRun, tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_points_are_the_rows_in_their_order(page: Page, three: LoadedRun) -> None:
     shared = page.data["attribution"]
     assert (shared["layers"], shared["layer"]) == (list(range(DEPTH + 1)), 4)
-    assert [path["label"] for path in shared["paths"]] == ["seed-0", "seed-1", "seed-2"]
-    assert shared["paths"][1]["points"] == ["start", *(f"full-{n}" for n in (100, 200, 400, 800, 1200, 1600, 2000))]
+    assert [course["label"] for course in shared["courses"]] == ["seed-0", "seed-1", "seed-2"]
+    assert shared["courses"][1]["points"] == ["start", *(f"full-{n}" for n in (100, 200, 400, 800, 1200, 1600, 2000))]
     for number, (target, metric) in enumerate([*((name, "probe_accuracy") for name in FADES), ("", "fidelity")]):
         panel = page.data["panels"][f"attribution-{number}-checkpoints"]
         for layer in (0, 7):
             skills, told = series(three, "seed-1", metric, target, layer)
-            assert shared["paths"][1]["y"] == skills
+            assert shared["courses"][1]["y"] == skills
             assert panel["x"][layer][1] == told
         assert panel["percent"] == (metric == "probe_accuracy")
     assert page.data["panels"]["attribution-0-checkpoints"]["chance"] == 1 / 8
@@ -135,7 +135,7 @@ def test_beside_other_runs(three: LoadedRun, tmp_path: Path) -> None:
     text = " ".join(found.text)
     assert verdict(runs[1:]) in text
     assert verdict([three]) in text
-    assert [path["number"] for path in found.data["attribution"]["paths"]] == [3, 4, 5]
+    assert [course["number"] for course in found.data["attribution"]["courses"]] == [3, 4, 5]
     *_, line = found.data["panels"]["attribution-0"]["views"][0]["lines"]
     assert line["run"] == 2
     markdown = (tmp_path / "r.md").read_text(encoding="utf-8")
@@ -146,7 +146,7 @@ def test_beside_other_runs(three: LoadedRun, tmp_path: Path) -> None:
 def test_two_attributions_are_told_apart_by_colour(tmp_path: Path) -> None:
     runs = [sample_attribution(["a", "b"], "baseline"), sample_attribution(["a"], "with PRe")]
     found = read(build(runs, tmp_path / "r.html"))
-    paths = [(path["number"], path["label"]) for path in found.data["attribution"]["paths"]]
+    paths = [(course["number"], course["label"]) for course in found.data["attribution"]["courses"]]
     assert paths == [(0, "baseline, a"), (0, "baseline, b"), (1, "with PRe")]
     roles = [(line["role"], line["run"]) for line in found.data["panels"]["attribution-0"]["views"][0]["lines"]]
     assert roles == [("part", 0), ("part", 0), ("run", 0), ("run", 1)]
@@ -158,7 +158,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     found = read(build([dataclasses.replace(run, points=points)], tmp_path / "r.html"))
     assert not [tag for tag, attributes in found.tags if tag == "img" or "onerror" in attributes]
     assert sum(tag == "script" for tag, _ in found.tags) == 5
-    assert found.data["attribution"]["paths"][0]["label"] == HOSTILE
+    assert found.data["attribution"]["courses"][0]["label"] == HOSTILE
     assert " ".join(found.text).count("<img src=x onerror=alert(1)>") > 10
 
 

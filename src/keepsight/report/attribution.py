@@ -17,7 +17,7 @@ from keepsight.results.trend import correlations
 
 
 @dataclass(frozen=True)
-class Path:
+class Course:
     """The checkpoints of one training, in their order."""
 
     number: int  # of its colour and mark
@@ -56,7 +56,7 @@ class Attribution:
     section: Section
     runs: list[Run]
     first: int
-    paths: list[Path]
+    courses: list[Course]
     layer: int  # the one that the page opens with
     groups: list[Group]
     more: list[Group]  # folded away
@@ -85,20 +85,20 @@ def attribution(runs: Sequence[Run], first: int) -> Attribution | None:
     drawn = draw_section(runs, ATTRIBUTION)
     if drawn is None:
         return None
-    paths = _paths(runs, first)
+    courses = _courses(runs, first)
     layers = sorted({layer for run in runs for curve in run.curves.values() for layer in curve if layer is not None})
     layer = runs[0].middle if runs[0].middle in layers else layers[0]
-    trainings = _trainings(runs, paths)
+    trainings = _trainings(runs, courses)
 
     def group(title: str, panels: Sequence[Panel]) -> Group:
-        scatters = [_scatter(runs, paths, panel.target, _id(panel), layers, layer) for panel in panels]
+        scatters = [_scatter(runs, courses, panel.target, _id(panel), layers, layer) for panel in panels]
         return Group(title, scatters, [_curve(panel, runs, trainings, first) for panel in panels])
 
     return Attribution(
         section=ATTRIBUTION,
         runs=list(runs),
         first=first,
-        paths=paths,
+        courses=courses,
         layer=layer,
         # What is no label set's comes first: fidelity, which nobody asks about either.
         groups=[group(item.title, item.panels) for item in sorted(drawn.groups, key=lambda item: bool(item.title))],
@@ -108,21 +108,21 @@ def attribution(runs: Sequence[Run], first: int) -> Attribution | None:
         data={
             "layers": layers,
             "layer": layer,
-            "paths": [
+            "courses": [
                 {
-                    "number": path.number,
-                    "label": path.label,
-                    "points": [point.name for point in path.points],
-                    "y": [skill.value if (skill := point.skill) else None for point in path.points],
-                    "text": [_written(point.skill) for point in path.points],
+                    "number": course.number,
+                    "label": course.label,
+                    "points": [point.name for point in course.points],
+                    "y": [skill.value if (skill := point.skill) else None for point in course.points],
+                    "text": [_written(point.skill) for point in course.points],
                 }
-                for path in paths
+                for course in courses
             ],
         },
     )
 
 
-def _paths(runs: Sequence[Run], first: int) -> list[Path]:
+def _courses(runs: Sequence[Run], first: int) -> list[Course]:
     """Colours tell trainings apart or, where there are several attributions, those."""
     found = []
     for place, run in enumerate(runs):
@@ -131,22 +131,24 @@ def _paths(runs: Sequence[Run], first: int) -> list[Path]:
             alone = len(trainings) == 1
             number = first + place if alone or len(runs) > 1 else first + 1 + position
             label = name if len(runs) == 1 else run.label if alone else f"{run.label}, {name}"
-            found.append(Path(number, place, label, name, points))
+            found.append(Course(number, place, label, name, points))
     return found
 
 
-def _trainings(runs: Sequence[Run], paths: Sequence[Path]) -> list[tuple[Path, Run]]:
+def _trainings(runs: Sequence[Run], courses: Sequence[Course]) -> list[tuple[Course, Run]]:
     """r by layer of each training alone, where its attribution pools several."""
-    several = [path for path in paths if len(path.points) < len(runs[path.run].loaded.points)]
-    alone = [LoadedRun(f"{runs[path.run].label}, {path.training}", correlations(path.points)) for path in several]
+    several = [course for course in courses if len(course.points) < len(runs[course.run].loaded.points)]
+    alone = [
+        LoadedRun(f"{runs[course.run].label}, {course.training}", correlations(course.points)) for course in several
+    ]
     return list(zip(several, open_runs(alone), strict=True)) if several else []
 
 
-def _curve(panel: Panel, runs: Sequence[Run], trainings: Sequence[tuple[Path, Run]], first: int) -> Panel:
+def _curve(panel: Panel, runs: Sequence[Run], trainings: Sequence[tuple[Course, Run]], first: int) -> Panel:
     """r by layer as the page's other curves are drawn, with the trainings that it pools as thin lines below."""
     series = Series("attribution", panel.target)
-    parts = [(path, run) for path, run in trainings if series in run.curves]
-    thin = [{**line_of(path.number, run, series, "part"), "name": path.label} for path, run in parts]
+    parts = [(course, run) for course, run in trainings if series in run.curves]
+    thin = [{**line_of(course.number, run, series, "part"), "name": course.label} for course, run in parts]
     (view,) = panel.views
     lines = [*thin, *({**line, "run": line["run"] + first, "solid": True} for line in view["lines"])]
     return replace(
@@ -162,24 +164,24 @@ def _id(panel: Panel) -> str:
 
 
 def _scatter(
-    runs: Sequence[Run], paths: Sequence[Path], target: str, id: str, layers: Sequence[int], layer: int
+    runs: Sequence[Run], courses: Sequence[Course], target: str, id: str, layers: Sequence[int], layer: int
 ) -> Scatter:
-    known = [[point.told for point in path.points] for path in paths]
-    rows = [[[told.get((target, layer)) for told in path] for path in known] for layer in layers]
-    name = next((row.metric for of in rows for path in of for row in path if row), "probe_accuracy")
+    known = [[point.told for point in course.points] for course in courses]
+    rows = [[[told.get((target, layer)) for told in course] for course in known] for layer in layers]
+    name = next((row.metric for of in rows for course in of for row in course if row), "probe_accuracy")
     told = [_r(runs, target, layer) for layer in layers]
     opening = rows[layers.index(layer)]
-    levels = [point.chance(target) for path in paths for point in path.points if name != FIDELITY]
+    levels = [point.chance(target) for course in courses for point in course.points if name != FIDELITY]
     return Scatter(
         id=f"{id}-checkpoints",
         title=target if name != FIDELITY else metric(name).title,
         help=metric(name).help,
         told=told[layers.index(layer)],
-        csv=_csv(runs, paths, target),
+        csv=_csv(runs, courses, target),
         numbers=[
-            (path.label, point.name, _written(point.skill), _written(row))
-            for path, of in zip(paths, opening, strict=True)
-            for point, row in zip(path.points, of, strict=True)
+            (course.label, point.name, _written(point.skill), _written(row))
+            for course, of in zip(courses, opening, strict=True)
+            for point, row in zip(course.points, of, strict=True)
         ],
         data={
             "scatter": True,
@@ -187,8 +189,8 @@ def _scatter(
             "title": metric(name).title.lower(),
             "chance": next((level for level in levels if level is not None), None),
             "told": told,
-            "x": [[[row and row.value for row in of] for of in paths_of] for paths_of in rows],
-            "text": [[[_written(row) for row in of] for of in paths_of] for paths_of in rows],
+            "x": [[[row and row.value for row in of] for of in by_course] for by_course in rows],
+            "text": [[[_written(row) for row in of] for of in by_course] for by_course in rows],
         },
     )
 
@@ -212,14 +214,14 @@ def _r(runs: Sequence[Run], target: str, layer: int) -> str:
     return "; ".join(texts)
 
 
-def _csv(runs: Sequence[Run], paths: Sequence[Path], target: str) -> str:
+def _csv(runs: Sequence[Run], courses: Sequence[Course], target: str) -> str:
     """Every point at every layer, with its skill."""
     names = ("value", "low", "high", "n")
     columns = ["run", "training", "checkpoint", *(f"skill_{name}" for name in names), *Measurement.__dataclass_fields__]
     lines: list[dict[str, Any]] = []
-    for path in paths:
-        for point in path.points:
+    for course in courses:
+        for point in course.points:
             skill = {f"skill_{name}": getattr(point.skill, name, None) for name in names}
-            place = {"run": runs[path.run].label, "training": path.training, "checkpoint": point.name}
+            place = {"run": runs[course.run].label, "training": course.training, "checkpoint": point.name}
             lines += [place | skill | asdict(row) for (of, _), row in point.told.items() if of == target]
     return csv_uri(columns, lines)

@@ -2,7 +2,7 @@
 // The scatters of an attribution and the slider that chooses their layer; report.js draws with what this gives.
 const keepsightAttribution = (data, { plain, colour, inkOf, symbolOf, axis, frame, redraw }) => {
   const section = document.getElementById("attribution");
-  const { layers, paths } = data.attribution;
+  const { layers, courses } = data.attribution;
   const slider = document.getElementById("attribution-layer");
   const panels = Object.entries(data.panels).filter(([, panel]) => panel.scatter);
   let place = layers.indexOf(data.attribution.layer);
@@ -16,21 +16,21 @@ const keepsightAttribution = (data, { plain, colour, inkOf, symbolOf, axis, fram
     return [low - room, high + room];
   }
   const times = (ends, scale) => ends.map((end) => end * scale);
-  const skills = range(paths.flatMap((path) => path.y));
+  const skills = range(courses.flatMap((course) => course.y));
   const size = (i, n) => 6 + 7 * (n > 1 ? i / (n - 1) : 1);
 
   function traces(panel) {
     const scale = panel.percent ? 100 : 1;
-    return paths.map((path, number) => {
-      const ink = inkOf(path.number), n = path.points.length;
+    return courses.map((course, number) => {
+      const ink = inkOf(course.number), n = course.points.length;
       const told = panel.x[place][number];
       return {
         x: told.map((value) => (value === null ? null : value * scale)),
-        y: path.y.map((value) => (value === null ? null : value * 100)),
+        y: course.y.map((value) => (value === null ? null : value * 100)),
         mode: "lines+markers", connectgaps: false,
         line: { color: ink, width: 1.2 },
-        marker: { symbol: symbolOf(path.number), size: told.map((_, i) => size(i, n)), opacity: 1, color: told.map((_, i) => (i ? ink : colour("--card"))), line: { color: told.map((_, i) => (i ? colour("--card") : ink)), width: told.map((_, i) => (i ? 1 : 1.8)) } },
-        customdata: path.points.map((point, i) => `<b>${plain(path.label)}, ${plain(point)}</b><br>answered right  ${plain(path.text[i])}<br>layer ${layers[place]}  ${plain(panel.text[place][number][i])}`),
+        marker: { symbol: symbolOf(course.number), size: told.map((_, i) => size(i, n)), opacity: 1, color: told.map((_, i) => (i ? ink : colour("--card"))), line: { color: told.map((_, i) => (i ? colour("--card") : ink)), width: told.map((_, i) => (i ? 1 : 1.8)) } },
+        customdata: course.points.map((point, i) => `<b>${plain(course.label)}, ${plain(point)}</b><br>answered right  ${plain(course.text[i])}<br>layer ${layers[place]}  ${plain(panel.text[place][number][i])}`),
         hovertemplate: "%{customdata}<extra></extra>",
       };
     });
