@@ -214,6 +214,11 @@ def test_bad_input_is_named(world, tmp_path, capsys):
     assert "is no training run; give one, or two models or more" in capsys.readouterr().err
     assert cli.main(["attribute", *common]) == 2
     assert "sources is not given; give it as the first arguments" in capsys.readouterr().err
+    (tmp_path / "labels.json").write_text(json.dumps({"fidelity": {"dark/0.png": "x"}}))
+    assert cli.main(["attribute", "x", *common, "--labels", str(tmp_path / "labels.json")]) == 2
+    assert (
+        "has a label set 'fidelity', which is what a layer's fidelity is called; rename it" in capsys.readouterr().err
+    )
     other = RunDirectory.create(tmp_path / "o", label="x", kind="diagnosis")
     assert cli.main(["attribute", str(world / "model"), str(world / "model"), *common]) == 2
     assert f"'{other.path}' holds a diagnosis run, which an attribution must not replace" in capsys.readouterr().err

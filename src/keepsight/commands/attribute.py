@@ -84,10 +84,15 @@ def main(arguments: Sequence[str]) -> None:
     quiet()
     from keepsight import attribution
     from keepsight.report import build, table, verdict
+    from keepsight.results.points import FIDELITY
 
     questions = load_questions(config.tasks)[: config.limit]
     images = images_of(config.images)
     labels = read_labels(config.labels, images, None) if config.labels else None
+    if FIDELITY in (labels or {}):
+        raise ValueError(
+            f"'{config.labels}' has a label set '{FIDELITY}', which is what a layer's fidelity is called; rename it."
+        )
     device = device_named(config.device)
     trainings = _trainings(config.sources)
     run = _open(config)
