@@ -6,7 +6,7 @@ The 135 M model at all its layers, 500 pictures of ten classes with four objects
 linear probe (same split, same grid of L2 strengths, and the shuffled-label control), cohesion, coupling and
 homogeneity (raw, and centred by the same mean) and the spectra of covariance and correlation over *all* visual tokens;
 keepsight gives intervals besides. Each side is a process of its own, with the pictures decoded beforehand. Time: CPU
-seconds of one thread without the forward that both need, which is timed on every fourth batch and taken off;
+seconds of one thread without the forward that both need, which is timed besides on the same batches and taken off;
 keepsight's second forward of the calibration's pictures stays in. Memory: peak above the loaded model. scikit-learn's
 tolerance is that of benchmarks/probe.py; its default is timed on every fourth layer, without bound.
 
@@ -68,7 +68,7 @@ def picture(index: int, side: int) -> tuple[Image.Image, np.ndarray]:
 
 
 class Pictures(Loader):
-    """Decoded beforehand; every fourth batch is run once more when it is asked for, to time the forward alone."""
+    """Decoded beforehand; every batch is run once more when it is asked for, to time the forward alone."""
 
     def decode(self) -> None:
         self.starts = list(range(0, len(self.pictures), self.batch_size))
@@ -83,13 +83,12 @@ class Pictures(Loader):
         if list(indices) != self._from(indices[0]):
             return super().load(indices, masks)  # the calibration's
         decoded = self.ready[indices[0]]
-        if indices[0] // self.batch_size % TIMED == 0:
-            self.plain.append(seconds(lambda: self.vlm.forward_core(**decoded.inputs)))
+        self.plain.append(seconds(lambda: self.vlm.forward_core(**decoded.inputs)))
         return decoded, Seen()
 
     def without_forward(self, total: float) -> float:
-        """Seconds of what is not the forward, of `total` in which all batches were run and some timed besides."""
-        return total - sum(self.plain) - float(np.mean(self.plain)) * len(self.starts)
+        """Seconds of what is not the forward, of `total` in which all batches were run and timed besides."""
+        return total - 2 * sum(self.plain)
 
 
 def load(shape: str, n: int) -> tuple[Pictures, list[str]]:
@@ -220,9 +219,7 @@ def side(way: str, shape: str, n: int) -> None:
         forward = memory_of_process("VmHWM") - before
         answers, costs = {"keepsight": keepsight_way, "obvious": obvious_way}[way](loader, labels)
     costs |= {"memory": memory_of_process("VmHWM") - before, "memory of one forward": forward}
-    print(
-        json.dumps({"answers": answers, "costs": costs, "forward": float(np.mean(loader.plain)) * len(loader.starts)})
-    )
+    print(json.dumps({"answers": answers, "costs": costs, "forward": sum(loader.plain)}))
 
 
 def same(ours: Answers, theirs: Answers) -> bool:

@@ -33,6 +33,7 @@ rich.print(result.table())
 depth = result.info["depth"]
 
 for row in result.rows:
-    if row.metric == "probe_accuracy" and row.layer in (0, depth // 2, depth) and not row.variant:
+    # There are controls, in `variant`, and the same without sinks, in `tokens`.
+    if (row.metric, row.variant, row.tokens) == ("probe_accuracy", "", "all") and row.layer in (0, depth // 2, depth):
         print(f"{row.target:16s} layer {row.layer:2d}: {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]")
 print(result.report(Path("runs") / "example-diagnosis.html"))

@@ -29,6 +29,7 @@ def point(name: str, skill: float, probe: float, fidelity: float = 0.5) -> Point
             Measurement("answer_accuracy", 0.0, target="colour"),
             Measurement("probe_accuracy", probe, layer=2, target="texture"),
             Measurement("probe_accuracy", 0.1, layer=2, target="texture", variant="shuffled labels"),
+            Measurement("probe_accuracy", 0.2, layer=2, target="texture", tokens="without sinks"),
             Measurement("fidelity", fidelity, layer=2),
         ],
     )

@@ -54,6 +54,7 @@ def test_help_lists_the_commands_and_unknown_ones_are_refused(capsys) -> None:
     assert f"there is no command 'diagnos'; allowed: {', '.join(cli.COMMANDS)}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     trained = tmp_path / "a [" / "run]"  # what rich would take for markup
     pairs = (("red", "dark/0.png"), ("blue", "light/1.png"))

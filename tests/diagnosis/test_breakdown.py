@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from keepsight.diagnosis.accumulate import Accumulator, Batch
+from keepsight.diagnosis.accumulate import Accumulator
+from keepsight.diagnosis.batch import Batch
 from keepsight.diagnosis.breakdown import object_rows
 from keepsight.diagnosis.calibrate import LayerCalibration
 from keepsight.results import PerImageBuilder

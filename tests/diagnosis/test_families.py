@@ -318,6 +318,7 @@ def test_structure_equals_the_pairwise_definition(case: Case) -> None:
     compare(case)
 
 
+@pytest.mark.slow
 def test_bleeding_equals_the_definition(case: Case) -> None:
     rows = {(r.layer, r.tokens): r for r in case.result.rows if (r.metric, r.variant) == ("bleeding", "raw")}
     for scope in SCOPES:

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from keepsight.diagnosis import diagnose
 from keepsight.vlm import Vlm
-from tests.diagnosis.world import tiny_llava, write_world
+from tests.diagnosis.world import plant_sinks, tiny_llava, write_world
 
 METRICS = ("probes", "structure", "spectrum", "fidelity")
 
@@ -42,7 +43,10 @@ def forwards(monkeypatch):
     return seen
 
 
-def test_stopped_and_gone_on_is_the_same(parts, world, tmp_path, forwards):
+def test_stopped_and_gone_on_is_the_same(world, tmp_path, forwards):
+    parts = tiny_llava()
+    plant_sinks(*parts, world[0])  # in pictures of some batches
+    forwards.update(count=0)
     whole = run(parts, world, None)
     assert forwards["count"] == 2 + 4  # eight pictures calibrate, fifteen in four batches follow
     forwards.update(count=0, last=4)
@@ -54,6 +58,8 @@ def test_stopped_and_gone_on_is_the_same(parts, world, tmp_path, forwards):
     assert again.rows == whole.rows
     assert (again.per_image.values == whole.per_image.values)[~(whole.per_image.values != whole.per_image.values)].all()
     assert again.info["counts"] == whole.info["counts"]
+    kept = [load_file(file) for file in sorted((tmp_path / "kept" / "model").glob("batch-*"))]
+    assert {"bare" in tensors for tensors in kept} == {True, False}
 
 
 def test_other_labels_need_no_forward(parts, world, tmp_path, forwards):
@@ -89,7 +95,12 @@ def test_what_does_not_fit_is_named(parts, world, tmp_path):
     with pytest.raises(ValueError, match=r"batch-0000002.safetensors' is damaged .*; delete it, and its pictures are"):
         run(parts, world, kept, metrics=["probes"])
     manifest = kept / "model" / "manifest.json"
-    assert json.loads(manifest.read_text())["layers"] == [0, 2]
+    said = json.loads(manifest.read_text())
+    assert (said["layers"], said.pop("format")) == ([0, 2], 2)
+    manifest.write_text(json.dumps(said))  # as before there was a format
+    text = r"format of another version of keepsight \(1; this one's is 2\); choose another folder, or delete it"
+    with pytest.raises(ValueError, match=rf"kept/model' keeps features in the {text}"):
+        run(parts, world, kept, metrics=["probes"])
     manifest.unlink()
     with pytest.raises(ValueError, match="is not empty and keeps no features of a diagnosis; choose another folder"):
         run(parts, world, kept, metrics=["probes"])

@@ -56,6 +56,7 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("nulls"), per_class=4)
 
 
+@pytest.mark.slow
 def test_rows_beside_the_models_own(world, tmp_path):
     model, processor = tiny_llava()
     with torch.no_grad():  # a language model that adds nothing: every layer is its input

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from keepsight.processes import Team
 from keepsight.results import RunDirectory
-from tests.diagnosis.world import tiny_llava, write_world
+from tests.diagnosis.world import plant_sinks, tiny_llava, write_world
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +32,14 @@ def run(processes: int, model: Path, world: tuple[Path, Path], out: Path, *more:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(model, tmp_path):
-    """24 pictures in 8 batches, one of them broken; the second time with what the first has kept in part."""
+def test_two_processes_find_what_one_finds(tmp_path):
+    """24 pictures in 8 batches, one of them broken; the second time with what the first has kept in part. Some batches
+    have sinks, others none."""
     world = write_world(tmp_path, per_class=8)
+    model, parts = tmp_path / "model", tiny_llava()
+    plant_sinks(*parts, world[0])
+    for part in parts:
+        part.save_pretrained(model)
     (world[0] / "green" / "03.png").write_text("no picture")
     more = ("--skip-broken", "--metrics", "all", "--nulls", "random_weights")
     kept = ("--keep-features", str(tmp_path / "kept"))
@@ -51,6 +57,8 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
             assert other.value == pytest.approx(row.value, rel=1e-5, abs=1e-5), row
     assert two.info["counts"] == one.info["counts"]
     assert one.info["counts"]["skipped images"] == 1
+    kept_tensors = [load_file(file) for file in (tmp_path / "kept" / "model").glob("batch-*")]
+    assert {"bare" in tensors for tensors in kept_tensors} == {True, False}
     first, second = one.load().per_image, two.load().per_image
     assert second.images == first.images
     np.testing.assert_allclose(second.values, first.values, rtol=1e-4, atol=1e-5)

@@ -251,6 +251,7 @@ def test_mode_and_weights_are_left_alone(world, parts):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_same_seed_same_rows(world, parts, result):
     again = diagnose(*parts, world[0], masks=world[1], batch_size=5, progress=False, calibration_images=24, exact=True)
     assert again.rows == result.rows

@@ -145,6 +145,7 @@ def test_jackknife_of_a_mean_is_the_usual_interval():
     assert jackknife(mean, without[:1], [1.0], log=False) is None
 
 
+@pytest.mark.slow
 def test_interval_covers_what_repeated_samples_show():
     """Tokens of an image are alike: the interval must come from images, not from tokens."""
 

@@ -270,6 +270,7 @@ def test_stopped_and_gone_on(vlm, tmp_path, monkeypatch):
         evaluate(model, processor, [Question("other ?", "a")], journal=tmp_path / "j")
 
 
+@pytest.mark.slow
 def test_pruned_tokens_change_the_answers_of_single_and_batched_alike(vlm):
     model, processor = vlm
     questions = vqa_items(draw_scenes(5, 3), turns=4)

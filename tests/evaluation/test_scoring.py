@@ -28,6 +28,9 @@ CHOICES = ("a cat", "two dogs", "a cat and a dog")
         ("it is a cat and a dog, I think", 2),  # "cat" occurs in the choice that occurs
         ("a cat, or two dogs", None),
         ("A cat", 0),  # an article, not a letter
+        ("**B**", 1),
+        ("**Answer:** `B`.", 1),
+        ("The answer is **(B) a dog**", 1),
         ("a bird", None),
         ("", None),
         ("D", None),
@@ -123,6 +126,7 @@ def test_f1_is_that_of_scikit_learn():
             assert np.nanmean(per_image.of(row.key)) == pytest.approx(row.value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_f1_interval_covers():
     truth = f1_score(*zip(*[(r.question.answer == "yes", r.prediction == "yes") for r in records(20000)], strict=True))
     covered = 0

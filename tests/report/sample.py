@@ -59,9 +59,15 @@ def sample_run(arm: int, *, label: str | None = None, seed: int = 0) -> LoadedRu
             rows.append(Measurement("probe_accuracy", value, low=low, high=high, **common))
             shuffled = CHANCE[target] + rng.normal(0, 0.01)
             rows.append(Measurement("probe_accuracy", shuffled, variant="shuffled labels", **common))
+            bare = {**common, "tokens": "without sinks"}
+            ends = {"low": low + 0.01, "high": high + 0.01} if layer else {"low": low, "high": high}
+            rows.append(Measurement("probe_accuracy", value + 0.01 * (layer > 0), **ends, **bare))
+            rows.append(Measurement("probe_accuracy", shuffled, variant="shuffled labels", **bare))
             if layer == DEPTH // 2:
                 drop, half = (first - value) / (first - CHANCE[target]), 0.045
                 rows.append(Measurement("probe_drop", drop, low=drop - half, high=drop + half, **common))
+                less = drop - 0.01
+                rows.append(Measurement("probe_drop", less, low=less - half, high=less + half, **bare))
         rows.append(Measurement("probe_chance", CHANCE[target], n=N, target=target, seed=seed))
     curves = {
         ("cohesion", "raw"): ((0.74, 0.88, 0.91), (0.74, 0.87, 0.90), 0.01),

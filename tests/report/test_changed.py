@@ -52,6 +52,7 @@ def test_every_flip_is_counted_and_shown(runs, page):
     assert "… (863 characters)" in text  # a long question is cut, and says so
 
 
+@pytest.mark.slow
 def test_a_page_of_many_flips_stays_small(tmp_path):
     noise = np.random.default_rng(0)
     questions = [

@@ -27,6 +27,8 @@ def write_run(folder, label: str, gap: float, drop: tuple[float, float, float], 
     value, low, high = drop
     rows.append(Measurement("probe_drop", value, layer=2, low=low, high=high, n=60, target="texture"))
     rows.append(Measurement("probe_drop", 0.0, layer=2, low=-0.1, high=0.05, n=60, target="shape"))
+    bare = {"n": 60, "target": "shape", "tokens": "without sinks"}  # no condition is about these
+    rows.append(Measurement("probe_drop", 0.9, layer=2, low=0.85, high=0.95, **bare))
     run.write_rows(rows)
     run.write_per_image(builder.finish())
     return folder
@@ -51,6 +53,10 @@ def test_side_by_side(pair, tmp_path, capsys):
     assert row.value == pytest.approx(0.1)
     assert row.high - row.low == pytest.approx(2 * 2 * 0.1 * np.sqrt(2 / 60), rel=0.25)
     assert row.note == "with PRe − base, interval over images"
+    drops = [row for row in read_rows(tmp_path / "both.jsonl") if row.metric == "difference of probe_drop"]
+    assert [(row.target, row.tokens, row.value) for row in drops] == [
+        ("texture", "all", pytest.approx(-0.15)), ("shape", "all", 0.0), ("shape", "without sinks", 0.0)
+    ]  # fmt: skip
     assert "with PRe" in (tmp_path / "both.html").read_text(encoding="utf-8")
 
 

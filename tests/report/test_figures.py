@@ -52,6 +52,10 @@ def test_variants_tokens_and_gaps(base: LoadedRun) -> None:
     found = axes.lines[0].get_ydata()
     np.testing.assert_allclose(found, values(base, "contrast", variant="raw", tokens="without sinks"))
     assert np.isnan(found[7])
+    (other,) = figures([base], metrics=["probe_accuracy"], tokens="without sinks")["probe_accuracy, texture"].axes
+    expected = values(base, "probe_accuracy", target="texture", tokens="without sinks")
+    np.testing.assert_allclose(other.lines[0].get_ydata(), np.multiply(100, expected))
+    assert other.get_ylabel() == "texture, without sinks (%)"
     assert axes.get_legend() is None
 
 

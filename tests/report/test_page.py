@@ -107,18 +107,20 @@ def test_curves_carry_the_rows(page: Page, base: LoadedRun) -> None:
         {"label": "with PRe", "preLayer": 4, "depth": 8},
     ]
     panel = data["panels"]["probes-probe_accuracy-0"]
-    (view,) = panel["views"]
-    assert [(line["run"], line["role"]) for line in view["lines"]] == [
-        (0, "run"), (1, "run"), (0, "control"), (1, "control"), (0, "chance"),
-    ]  # fmt: skip
-    rows = [r for r in base.rows if (r.metric, r.target, r.variant) == ("probe_accuracy", "texture", "")]
-    line = view["lines"][0]
-    assert line["x"] == list(range(9))
-    assert line["y"] == [row.value for row in rows]
-    assert line["low"] == [row.low for row in rows]
-    assert line["high"] == [row.high for row in rows]
-    assert line["text"][4].endswith("n = 600 images, seed 0")
-    assert view["lines"][4]["y"] == [1 / 8, 1 / 8]
+    assert [view["tokens"] for view in panel["views"]] == ["all", "without sinks"]
+    for view in panel["views"]:
+        assert [(line["run"], line["role"]) for line in view["lines"]] == [
+            (0, "run"), (1, "run"), (0, "control"), (1, "control"), (0, "chance"),
+        ]  # fmt: skip
+        wanted = ("probe_accuracy", "texture", "", view["tokens"])
+        rows = [r for r in base.rows if (r.metric, r.target, r.variant, r.tokens) == wanted]
+        line = view["lines"][0]
+        assert line["x"] == list(range(9))
+        assert line["y"] == [row.value for row in rows]
+        assert line["low"] == [row.low for row in rows]
+        assert line["high"] == [row.high for row in rows]
+        assert line["text"][4].endswith("n = 600 images, seed 0")
+        assert view["lines"][4]["y"] == [1 / 8, 1 / 8]
 
 
 def test_selectors_offer_what_the_rows_hold(page: Page) -> None:
@@ -128,6 +130,7 @@ def test_selectors_offer_what_the_rows_hold(page: Page) -> None:
         offered.setdefault(radio["name"], []).append((radio["value"], "checked" in radio))
     assert offered["variant-structure"] == [("centred", True), ("raw", False)]
     assert offered["tokens-structure"] == [("all", True), ("without sinks", False)]
+    assert offered["tokens-probes"] == [("all", True), ("without sinks", False)]
     assert "variant-probes" not in offered
     views = page.data["panels"]["structure-gap-0"]["views"]
     assert {(view["variant"], view["tokens"]) for view in views} == {

@@ -10,7 +10,7 @@ from keepsight.report import table
 from keepsight.report.curves import open_runs
 from keepsight.report.metrics import write_difference, write_interval, write_number
 from keepsight.report.pictures import outline, show
-from keepsight.report.tables import Cell, said
+from keepsight.report.tables import Cell, others, said
 from keepsight.results import Example, LoadedRun, Measurement
 
 
@@ -93,6 +93,22 @@ def test_what_the_lens_reads_layer_by_layer() -> None:
     assert lines[0].cells[0] == Cell("25.0 %", "[20.0, 30.0]", "'<b>' 31 %, ' the' 12 %")
     assert lines[1].cells == (Cell("–", "", "no LM head"), Cell("–"))
     assert said(open_runs([LoadedRun("a", [Measurement("gap", 0.5, layer=0)])])) == []
+
+
+def test_other_numbers_without_sinks_are_listed_where_they_differ() -> None:
+    same = {"layer": 4, "low": 0.1, "high": 0.3, "target": "texture"}
+    rows = [
+        Measurement("probe_drop", 0.2, **same),
+        Measurement("probe_drop", 0.2, **same, tokens="without sinks"),
+        Measurement("probe_worst_layer", 0.3, layer=5, target="texture"),
+        Measurement("probe_worst_layer", 0.2, layer=7, target="texture", tokens="without sinks"),
+        Measurement("probe_accuracy", 0.5, layer=4, target="texture", tokens="without sinks"),
+    ]
+    assert [name for _, name, _ in others(open_runs([LoadedRun("a", rows)]))] == [
+        "Probe drop (texture), layer 4",
+        "Probe drop at the worst layer (texture), layer 5",
+        "Probe drop at the worst layer (texture, without sinks), layer 7",
+    ]
 
 
 def test_a_mask_of_another_size_is_refused() -> None:

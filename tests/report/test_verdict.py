@@ -124,6 +124,23 @@ def test_sinks_that_decide_otherwise_are_said() -> None:
     assert "without sinks" not in text  # both decide alike
 
 
+def test_sinks_that_decide_otherwise_of_a_probe_are_said() -> None:
+    bare = {"tokens": "without sinks"}
+    base, pre = [probe(0.5, 0.01), probe(0.8, 0.01, **bare)], [probe(0.9, 0.01), probe(0.8, 0.01, **bare)]
+    text = verdict([run("a", base), run("b", pre)])
+    assert "(texture +40.0 points [38.6, 41.4], without sinks 0.0 points [−1.4, 1.4])" in text
+    assert "without sinks" not in verdict([run("a", base), run("b", [pre[0], probe(0.9, 0.01, **bare)])])
+
+    where = {"layer": 4, "target": "texture"}
+    lost = Measurement("probe_drop", 0.2, low=0.1, high=0.3, **where)
+    kept = Measurement("probe_drop", 0.01, low=-0.1, high=0.12, **where, **bare)
+    hidden = Measurement("probe_drop", None, note="layer 0 is not above chance", **where)
+    assert "(texture −20.0 % [−30.0, −10.0], without sinks −1.0 % [−12.0, 10.0])" in verdict([run("a", [lost, kept])])
+    assert "without sinks" not in verdict([run("a", [lost, dataclasses.replace(lost, **bare)])])
+    assert "not above chance; without sinks −20.0 %" in verdict([run("a", [hidden, dataclasses.replace(lost, **bare)])])
+    assert "without sinks layer 0 is not above" in verdict([run("a", [lost, dataclasses.replace(hidden, **bare)])])
+
+
 @pytest.mark.parametrize(
     ("info", "illustration", "ends"),
     [({"seed": 0}, False, True), ({"seeds": [0, 1, 2]}, False, False), ({}, False, False), ({}, True, True)],

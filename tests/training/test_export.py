@@ -101,6 +101,7 @@ def same(answer: Any, expected: Any, *, exact: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "lora", "plain-stopped", "lora-stopped"])
+@pytest.mark.slow
 def test_it_is_the_training_model_in_plain_transformers(runs, tmp_path, name) -> None:
     run, expected = runs[name]
     out = export(run, tmp_path / "out", unfinished="stopped" in name)
@@ -121,6 +122,7 @@ def test_it_is_the_training_model_in_plain_transformers(runs, tmp_path, name) ->
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-stopped"])
+@pytest.mark.slow
 def test_the_adapter_on_its_base_is_the_training_model(runs, tmp_path, name) -> None:
     peft = pytest.importorskip("peft")
     run, expected = runs[name]
@@ -138,6 +140,7 @@ def test_the_adapter_on_its_base_is_the_training_model(runs, tmp_path, name) -> 
     ]
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_run_was(runs, tmp_path) -> None:
     run, _ = runs["lora"]
     card = ModelCard.load(export(run, tmp_path / "out") / "README.md")
@@ -162,6 +165,7 @@ def test_the_card_says_what_the_run_was(runs, tmp_path) -> None:
     assert yaml.safe_load(block) == yaml.safe_load((run / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_without_pre_is_exported_as_the_baseline_it_is(tmp_path) -> None:
     off = StageConfig(enabled=False)
     train(setting(tmp_path, "run", pre=PReConfig(weight=0.0), projector=off))
@@ -183,6 +187,7 @@ def test_the_card_names_the_weights_of_the_stages(tmp_path, run_weight, stage_we
     assert f"with predictive regularization: {said}layer middle" in card.text
 
 
+@pytest.mark.slow
 def test_hub_names_are_in_the_front_matter(runs, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["plain"][0], run)
@@ -194,6 +199,7 @@ def test_hub_names_are_in_the_front_matter(runs, tmp_path) -> None:
     assert (data.base_model, data.datasets) == (["some-lab/some-vlm"], ["some-lab/some-data"])
 
 
+@pytest.mark.slow
 def test_the_command(runs, tmp_path, capsys) -> None:
     assert cli.main(["export", str(runs["plain"][0]), str(tmp_path / "out")]) == 0
     assert "model card" in capsys.readouterr().out
@@ -201,6 +207,7 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     assert "is not empty (README.md, chat_template.jinja, config.json, …). Choose a new" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported(runs, tmp_path) -> None:
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="holds no run"):
@@ -228,6 +235,7 @@ def test_what_cannot_be_exported(runs, tmp_path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_base_model_that_has_changed_is_noticed(runs, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["plain-stopped"][0], run)
@@ -255,6 +263,7 @@ def full_in_rust(*_: Any, **__: Any) -> None:
         ("lora-stopped", PreTrainedModel, "save_pretrained", full),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch, name, owner, what, fails) -> None:
     monkeypatch.setattr(owner, what, fails)
     with pytest.raises(StorageError, match=r"out': the disk is full: free some space"):
@@ -262,6 +271,7 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch, name, owner, wh
     assert not (tmp_path / "deep").exists()
 
 
+@pytest.mark.slow
 def test_too_little_room_is_seen_before_anything_is_written(runs, tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -270,6 +280,7 @@ def test_too_little_room_is_seen_before_anything_is_written(runs, tmp_path, monk
         export(runs["plain"][0], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_model_put_together_has_no_base_for_an_adapter(runs, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["lora"][0], run)

@@ -47,6 +47,7 @@ def kind(name: str) -> str:
     return next(part for part in found if part in name)
 
 
+@pytest.mark.slow
 def test_adapters_projector_and_head_learn_and_nothing_else(tmp_path) -> None:
     spy = Spy()
     config = setting(tmp_path, "run", lora=LoraConfig(rank=4), pre=PReConfig(head_lr=0.5), save_steps=None)
@@ -70,6 +71,7 @@ def test_adapters_projector_and_head_learn_and_nothing_else(tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_weight_zero_with_lora_is_as_without_the_head(tmp_path) -> None:
     """The head draws from its own generator, so that both arms have the same adapters."""
     spies = []

@@ -58,6 +58,7 @@ def test_two_stages_leave_a_plain_checkpoint(setting) -> None:
     assert written["pre"]["layer"] == "middle"
 
 
+@pytest.mark.slow
 def test_each_stage_trains_its_parts_only(setting) -> None:
     off = StageConfig(enabled=False)
     first = train(TrainConfig(**{**setting, "full": off}))
@@ -97,6 +98,7 @@ def test_the_same_seed_gives_the_same_run(setting) -> None:
     assert any(not torch.equal(one[name], three[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_the_head_goes_on_from_stage_to_stage(setting, monkeypatch) -> None:
     heads = []
     trainer = stages.KeepsightTrainer

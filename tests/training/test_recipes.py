@@ -77,6 +77,7 @@ def built(config: TrainConfig) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("names", MODELS, ids=lambda names: "+".join(name.split("/")[1] for name in names))
+@pytest.mark.slow
 def test_the_papers_models_have_their_published_sizes(names):
     config = parse(recipe(*MODELS[names]))
     model, processor = built(config)
@@ -145,6 +146,7 @@ def test_overrides_open_with_their_command_and_say_whose_they_are(path):
     assert parse(shlex.split(first.removeprefix("# keepsight train "))) != parse([str(BASE)])
 
 
+@pytest.mark.slow
 def test_the_readme_lists_every_recipe_and_its_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (RECIPES / "README.md").read_text(encoding="utf-8")

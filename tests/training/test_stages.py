@@ -19,6 +19,7 @@ from tests.training.test_conversations import entry
 from tests.training.test_recipe import weights
 
 
+@pytest.mark.slow
 def test_counts_of_a_resumed_run_cover_all_of_it(setting, tmp_path: Path) -> None:
     """What was found out before the stop is not seen again after it: every entry is read once."""
     entries = [entry("<image>\nwhat color ?", "red", image="red.png"), entry("hello", "world " * 30)]
@@ -62,6 +63,7 @@ class Weights(TrainerCallback):
         self.ended.append(handle_of(model).head.up.weight.detach().clone())
 
 
+@pytest.mark.slow
 def test_a_stage_may_have_a_weight_of_its_own(setting) -> None:
     watch = Weights()
     stages = {"projector": replace(STEPS, pre_weight=0.125), "full": FULL}
@@ -79,6 +81,7 @@ def test_a_stage_may_have_a_weight_of_its_own(setting) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_in_a_stage_is_the_stage_without_pre(setting) -> None:
     zero = train(TrainConfig(**{**setting, "projector": replace(STEPS, pre_weight=0.0)}))
     off = train(TrainConfig(**{**setting, "out": setting["out"] + "2", "projector": replace(STEPS, pre=False)}))
@@ -104,6 +107,7 @@ def test_observing_is_for_stages_without_weight() -> None:
     assert (second.weight, second.observe) == (0.5, False)
 
 
+@pytest.mark.slow
 def test_the_encoders_anchor_stays_the_initial_one_when_a_later_stage_trains_it(setting) -> None:
     """In the first stage it is frozen, and so not held apart; the second moves it."""
     averages: list[dict[str, torch.Tensor]] = []

@@ -266,6 +266,7 @@ def texts(n: int) -> list[dict[str, Any]]:
     return [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(n)]
 
 
+@pytest.mark.slow
 def test_life_is_proven_by_the_micro_batch_that_had_the_picture(tmp_path):
     """A picture, then text alone: the last micro-batch of every step shows nothing."""
     data = [row for pair in zip(samples()[2:6], texts(4), strict=True) for row in pair]

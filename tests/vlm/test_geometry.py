@@ -182,6 +182,7 @@ def test_tiles_and_thumbnail_are_told_apart(family):
     ("size", "grid", "start"),
     [((32, 32), (8, 8), (0, 0)), ((8, 32), (2, 8), (0, 0)), ((32, 8), (8, 2), (0, 0)), ((10, 32), (2, 8), (0, 1))],
 )
+@pytest.mark.slow
 def test_mosaics_without_padding_and_newlines(family, size, grid, start):
     vlm = silenced(family)
     case = Case(NEWLINES[family], lambda _: [IMAGE] * (16 + grid[0] * (grid[1] + 1)))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.batch import Batch
 from keepsight.diagnosis.bleeding import bleeding
 from keepsight.diagnosis.calibrate import LayerCalibration
+from keepsight.diagnosis.mean_tokens import MeansWithoutSinks, RowsWithoutSinks
 from keepsight.diagnosis.record import Record
 from keepsight.diagnosis.spectrum import CovarianceSums
 from keepsight.diagnosis.store import LayerStore
@@ -35,45 +36,6 @@ OBJECT_VALUES = ("cohesion/raw", "coupling/raw", "cohesion/centred", "coupling/c
 COLUMNS = (*(f"{scope}|{value}" for scope in SCOPES for value in VALUES), "sink_tokens")
 
 
-@dataclass
-class Batch:
-    """The visual tokens of a batch: T tokens of B images, K objects.
-
-    image: [T]; thumbnail: bool [T]; objects: bool [K, T]; owner: [K], image of each object;
-    sample: [t] token indices of the seeded sample; group: [B], each image's jackknife group; place: [T], a number for
-    each tile, row and column, the same in every image; counted: bool [B], the images whose neighbours are counted;
-    classes: [K], of each object, "" where it is not known.
-    """
-
-    image: Tensor
-    n_images: int
-    thumbnail: Tensor
-    objects: Tensor
-    owner: Tensor
-    sample: Tensor
-    group: Tensor
-    place: Tensor
-    counted: Tensor
-    classes: list[str] = field(default_factory=list)
-    scopes: dict[str, Groups] = field(init=False)
-
-    def __post_init__(self) -> None:
-        everything = Groups.build(self.image, self.n_images, self.objects, self.owner, self.counted)
-        self.scopes = {"all": everything}
-        if bool(self.thumbnail.any()):
-            # Pictures in one piece are in neither: both numbers are of the same pictures, whatever the batch.
-            tiled = torch.bincount(self.image[self.thumbnail], minlength=self.n_images)[self.image] > 0
-            self.scopes["tiles"] = everything.keep(~self.thumbnail & tiled)
-            self.scopes["thumbnail"] = everything.keep(self.thumbnail)
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
-        image, thumbnail, objects = self.image.to(device), self.thumbnail.to(device), self.objects.to(device)
-        owner, sample, group = self.owner.to(device), self.sample.to(device), self.group.to(device)
-        place, counted = self.place.to(device), self.counted.to(device)
-        return Batch(image, self.n_images, thumbnail, objects, owner, sample, group, place, counted, self.classes)
-
-
 class Accumulator:
     """Pooled features, per-image values and a seeded sample of tokens of every layer.
 
@@ -83,8 +45,11 @@ class Accumulator:
         exact: whether the sample holds every token; only said in the rows.
         bleeding: whether to count neighbours as well.
         by_object: whether to keep the values of each object.
+        direct: the sampled tokens of each layer go to the disk at once, so that a batch's are never in memory together;
+            its record, which lacks them, is for this accumulator only.
 
     Attributes:
+        pooled: the mean token of each image; bare: the same without sinks, for `without_sinks`.
         encoder, encoder_pooled: the vision encoder's output at the sampled tokens, and its mean over each image; None
             until it is given, with `no_encoder` the reason if it cannot be had.
         object_values: the values of each object at each layer; object_classes: their classes.
@@ -99,6 +64,7 @@ class Accumulator:
         exact: bool = False,
         bleeding: bool = True,
         by_object: bool = False,
+        direct: bool = False,
     ) -> None:
         self.layers = list(layers)
         self.width = width
@@ -106,7 +72,9 @@ class Accumulator:
         self.exact = exact
         self.bleeding = bleeding
         self.by_object = by_object
+        self.direct = direct
         self.pooled = LayerStore(folder / "pooled", len(layers), width)
+        self.bare = MeansWithoutSinks(folder / "bare", self.pooled, [calibration[at].channels for at in self.layers])
         self.values = LayerStore(folder / "values", len(layers), len(COLUMNS))
         self.sampled = LayerStore(folder / "sampled", len(layers), width)
         self.object_values = LayerStore(folder / "objects", len(layers), len(OBJECT_SCOPES) * len(OBJECT_VALUES))
@@ -130,7 +98,7 @@ class Accumulator:
     def begin(self, batch: Batch) -> None:
         """The batch whose forward is about to run."""
         self._batch = batch
-        self._taken = {"pooled": [], "values": [], "sampled": [], "object_values": []}
+        self._taken = {"pooled": [], "bare": [], "values": [], "sampled": [], "object_values": []}
 
     def sink(self, layer: int, tokens: Tensor) -> None:
         """One layer's tokens [T, d] of the present batch."""
@@ -156,6 +124,8 @@ class Accumulator:
         count = x.new_zeros(batch.n_images, 1)
         if any_sinks:
             count[:, 0] = everything.weights[everything.image_row] @ sinks.float()
+            # Summed without the sinks, not subtracted from the sum: beside them the rest would lose its digits.
+            self._taken["bare"].append(kept.mean_weights[count[:, 0] > 0] @ x)
         rows = [blocks[s][0] if s in blocks else absent for s in SCOPES]
         self._taken["values"].append(torch.cat([*rows, count], dim=1))
         if self.by_object:
@@ -163,7 +133,11 @@ class Accumulator:
 
         if layer == self.layers[0]:
             self._count_objects(raw)
-        self._taken["sampled"].append(x[batch.sample])
+        sampled = x[batch.sample]
+        if self.direct:
+            self.sampled.put(self.layers.index(layer), sampled)
+        else:
+            self._taken["sampled"].append(sampled)
 
     def _block(
         self, x: Tensor, groups: Groups, raw: Structure, mean: Tensor, channels: Tensor | None = None
@@ -197,7 +171,10 @@ class Accumulator:
         batch = self._batch
         assert batch is not None
         image = batch.image[batch.sample]
+        bare = self._taken.pop("bare")
         tensors = {name: torch.stack(parts).cpu() for name, parts in self._taken.items() if parts}
+        if bare:
+            tensors["bare"] = torch.cat(bare).cpu()
         tensors["sample"] = torch.stack([image, batch.group[image], batch.place[batch.sample]]).int().cpu()
         tensors["object_owner"] = batch.owner.int().cpu()
         tensors["object_patches"] = batch.objects.sum(dim=1).int().cpu()
@@ -224,8 +201,13 @@ class Accumulator:
         self.no_encoder = record.no_encoder
         self._sample.append(tensors["sample"].numpy() + np.array([[rows], [0], [0]], np.int32))
         self.pooled.append(tensors["pooled"])
+        if "bare" in tensors:
+            self.bare.append(tensors["bare"], tensors["values"][:, :, COLUMNS.index("sink_tokens")])
         self.values.append(tensors["values"])
-        self.sampled.append(tensors["sampled"])
+        if "sampled" in tensors:
+            self.sampled.append(tensors["sampled"])
+        else:
+            self.sampled.commit(tensors["sample"].shape[1])
         if self.by_object:
             self.object_values.append(tensors["object_values"])
             self.object_classes += record.classes
@@ -244,6 +226,10 @@ class Accumulator:
     def sample(self) -> np.ndarray:
         """[3, n]: image, jackknife group and place of each sampled token."""
         return np.concatenate(self._sample, axis=1)
+
+    def without_sinks(self, position: int, images: np.ndarray) -> RowsWithoutSinks:
+        """The mean tokens [n, d] of these images, without the sinks of the layer in this position."""
+        return self.bare.rows_of(position, images, self.values.read(position)[:, COLUMNS.index("sink_tokens")])
 
     def blocks(self, position: int) -> Iterator[tuple[slice, Tensor]]:
         """The sampled tokens of the layer in this position, a bounded number at a time: (which rows, [rows, d])."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.accumulate import Batch
+from keepsight.diagnosis.batch import Batch
 from keepsight.diagnosis.data import Picture
 from keepsight.diagnosis.record import Seen
 from keepsight.diagnosis.spectrum import GROUPS

@@ -18,6 +18,7 @@ from keepsight.results import fingerprint, make_folder, prompt_hash
 from keepsight.results.storage import write_file
 from keepsight.vlm import Vlm
 
+FORMAT = 2  # of the records; the first had no mean tokens without sinks
 MANIFEST, CALIBRATION = "manifest.json", "calibration.safetensors"
 TAKEN = ("fidelity", "objects", "bleeding")  # groups whose values are taken in the forward, or not
 TENSORS = ("mean", "mean_without_sinks", "channels")
@@ -35,19 +36,24 @@ class Kept:
         taken: whether the records have it: as wanted, or more where the folder was made for more.
 
     Raises:
-        ValueError: the folder keeps the records of another diagnosis; the text says what differs.
+        ValueError: the folder keeps the records of another diagnosis, or in another format; the text says what differs.
         StorageError: it cannot be written.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], taken: dict[str, bool]) -> None:
         self.folder = folder
         self.taken = taken
-        wanted = json.loads(json.dumps(manifest | taken))
+        wanted = json.loads(json.dumps({"format": FORMAT} | manifest | taken))
         path = folder / MANIFEST
         # Looked at before the manifest, which another process may be writing: what it adds comes after its manifest.
         occupied = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
         if path.is_file():
             there = _read_manifest(path)
+            if (old := there.get("format", 1)) != FORMAT:
+                raise ValueError(
+                    f"'{folder}' keeps features in the format of another version of keepsight ({old}; this one's is "
+                    f"{FORMAT}); choose another folder, or delete it"
+                )
             self.taken = {name: bool(there.get(name)) for name in taken}
             wanted |= {name: True for name in taken if self.taken[name]}
             _compare(folder, there, wanted)

@@ -66,7 +66,8 @@ def measure(
     loader.counted = COUNTED / n  # of one or more, all
     if exact and team.first:
         _check_room(folder, int(4 * len(layers) * vlm.width * n * tokens))
-    accumulator = Accumulator(layers, vlm.width, calibration, folder, exact, bleeding, by_object)
+    direct = team.size == 1 and kept is None
+    accumulator = Accumulator(layers, vlm.width, calibration, folder, exact, bleeding, by_object, direct)
     batches = [range(start, min(start + loader.batch_size, n)) for start in range(0, n, loader.batch_size)]
     known = team.from_first(kept.batches() if kept else set())
     waiting = [number for number in range(len(batches)) if number not in known]

@@ -8,8 +8,8 @@ chosen on a validation split, and the test split is scored once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,14 @@ class Probe:
     correct: np.ndarray
     shuffled: np.ndarray
     majority: np.ndarray
+
+    def with_layers(self, other: Probe) -> Probe:
+        """The same with what `other`, of the same label set and split, found at its layers."""
+        at = [self.layers.index(layer) for layer in other.layers]
+        found = {name: getattr(self, name).copy() for name in ("validation", "l2", "correct", "shuffled")}
+        for name, values in found.items():
+            values[at] = getattr(other, name)
+        return replace(self, **found)
 
 
 def fit_probes(
@@ -177,24 +185,31 @@ def drop_with_interval(
 
 
 def probe_rows(
-    probe: Probe, *, target: str, middle: int | None, seed: int
+    probe: Probe,
+    *,
+    target: str,
+    middle: int | None,
+    seed: int,
+    tokens: str = "all",
+    said: Mapping[int, str] | None = None,
 ) -> list[tuple[Measurement, np.ndarray | None]]:
     """The rows of one label set, each with what every test image adds to it (None: nothing can be said).
 
-    `middle`: the layer of probe_drop, None if it was not captured.
+    middle: the layer of probe_drop, None if it was not captured; tokens: those of the features; said: layer → a note
+    on its features. Chance, which no features change, has a row for all tokens only.
     """
     n = probe.correct.shape[1]
-    common: dict[str, Any] = {"n": n, "target": target, "seed": seed}
+    common: dict[str, Any] = {"n": n, "target": target, "seed": seed, "tokens": tokens}
 
     def share(metric: str, answers: np.ndarray, **fields: Any) -> tuple[Measurement, np.ndarray]:
         low, high = wilson(int(answers.sum()), n)
         return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields), answers
 
-    rows: list[tuple[Measurement, np.ndarray | None]] = [
-        share("probe_chance", probe.majority, note="most frequent training class")
-    ]
+    rows: list[tuple[Measurement, np.ndarray | None]] = []
+    if tokens == "all":
+        rows.append(share("probe_chance", probe.majority, note="most frequent training class"))
     for i, layer in enumerate(probe.layers):
-        note = f"L2 {probe.l2[i]:.2g}"
+        note = "; ".join(filter(None, [f"L2 {probe.l2[i]:.2g}", (said or {}).get(layer)]))
         rows.append(share("probe_accuracy", probe.correct[i], layer=layer, note=note))
         rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant=SHUFFLED))
     later = [i for i, layer in enumerate(probe.layers) if layer > 0]

@@ -29,11 +29,13 @@ class Seen:
 class Record:
     """The rows of one batch's pictures; no tensors where none of them could be read.
 
-    indices: of its B pictures. tensors, on the CPU: pooled [L, B, d], values [L, B, V], sampled [L, t, d], sample
-    [3, t] (picture within the batch, jackknife group, place); with masks object_owner and object_patches [K], and with
-    the breakdown by object object_values [L, K, 8]; encoder [1, t, d_v] and encoder_pooled [1, B, d_v] where the
-    encoder's output is wanted. classes: [K], of each object, "" where it is not known; counts: objects with pairs,
-    objects without, pictures with objects; no_encoder: why there is no encoder's output.
+    indices: of its B pictures. tensors, on the CPU: pooled [L, B, d], values [L, B, V], sampled [L, t, d] unless the
+    accumulator is `direct`, sample [3, t] (picture within the batch, jackknife group, place); where there are sink
+    tokens, bare [m, d], the mean tokens without them of the pictures that have some, layer after layer; with masks
+    object_owner and object_patches [K], and with the breakdown by object object_values [L, K, 8]; encoder [1, t, d_v]
+    and encoder_pooled [1, B, d_v] where the encoder's output is wanted. classes: [K], of each object, "" where it is
+    not known; counts: objects with pairs, objects without, pictures with objects; no_encoder: why there is no encoder's
+    output.
     """
 
     indices: list[int] = field(default_factory=list)

@@ -8,7 +8,7 @@ unrelated representations whatever their widths. Mutual k-nearest-neighbour agre
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,23 +114,39 @@ class Similarity:
             self.within = {id(gram): hsic(gram, gram) for gram in (self.gram, self.mixed)}
 
     def rows(self, position: int) -> list[Measurement]:
-        """CKA and neighbour agreement of the layer in this position, each with its null."""
-        common: dict[str, Any] = {"layer": self.accumulator.layers[position], "n": len(self.images), "seed": self.seed}
+        """CKA and neighbour agreement of the layer in this position, with sinks and without, each with its null."""
+        layer = self.accumulator.layers[position]
         if self.why:
-            return [Measurement(name, None, **common, note=self.why) for name in ("cka", "neighbour_agreement")]
-        x = torch.from_numpy(self.accumulator.pooled.read(position)[self.images])
-        own = Gram.of(x, self.group)
+            common: dict[str, Any] = {"layer": layer, "n": len(self.images), "seed": self.seed, "note": self.why}
+            return [Measurement(name, None, **common) for name in ("cka", "neighbour_agreement")]
+        found = self._measure(self.accumulator.pooled.gather(position, self.images), layer)
+        bare = found
+        if self.accumulator.bare.differ(position):
+            x, said = self.accumulator.without_sinks(position, self.images)[:], self.accumulator.bare.note(position)
+            bare = self._measure(x, layer, said)
+        rows = []
+        for tokens, measured in (("all", found), ("without sinks", bare)):
+            for measurement, each in measured:
+                rows.append(replace(measurement, tokens=tokens))
+                if each is not None:
+                    self.per_image.add(rows[-1].key, each, self.images)
+        return rows
+
+    def _measure(self, x: np.ndarray, layer: int, said: str = "") -> list[tuple[Measurement, np.ndarray | None]]:
+        """The rows of mean tokens x [n, d], each with what every image adds to it (None: not kept by image)."""
+        common: dict[str, Any] = {"layer": layer, "n": len(self.images), "seed": self.seed}
+        own = Gram.of(torch.from_numpy(x), self.group)
         within = hsic(own, own)
-        shared = agreement(own.neighbours(self.k), self.near)
+        shared = agreement(own.neighbours(self.k), self.near).numpy()
         about, chance = f"k = {self.k}", self.k / (len(self.images) - 1)
         null: dict[str, Any] = {"variant": PERMUTED, **common}
-        agreed = Measurement("neighbour_agreement", **mean_interval(shared.numpy()).fields, **common, note=about)
-        self.per_image.add(agreed.key, shared.numpy(), self.images)
+        expected = f"{about}; its expectation"
+        about = "; ".join(filter(None, [about, said]))
         return [
-            self._row(own, within, self.gram, common),
-            self._row(own, within, self.mixed, null),
-            agreed,
-            Measurement("neighbour_agreement", chance, **null, note=f"{about}; its expectation"),
+            (self._row(own, within, self.gram, common, said), None),
+            (self._row(own, within, self.mixed, null), None),
+            (Measurement("neighbour_agreement", **mean_interval(shared).fields, **common, note=about), shared),
+            (Measurement("neighbour_agreement", chance, **null, note=expected), None),
         ]
 
     def _cka(self, own: Gram, within: Tensor, other: Gram) -> Estimate:
@@ -141,6 +157,6 @@ class Similarity:
         interval = jackknife(value, without, sizes, log=False)
         return Estimate(value, *(interval or (None, None)))
 
-    def _row(self, own: Gram, within: Tensor, other: Gram, common: dict[str, Any]) -> Measurement:
+    def _row(self, own: Gram, within: Tensor, other: Gram, common: dict[str, Any], said: str = "") -> Measurement:
         found = self._cka(own, within, other)
-        return Measurement("cka", **found.fields, note=found.note, **common)
+        return Measurement("cka", **found.fields, note="; ".join(filter(None, [found.note, said])), **common)

@@ -20,12 +20,22 @@ class LayerStore:
 
     def append(self, block: Tensor) -> None:
         """Add block [layers, rows, width]."""
-        data = block.to(device="cpu", dtype=torch.float32).contiguous().numpy()
-        for file, rows in zip(self._files, data, strict=True):
-            view = memoryview(rows.reshape(-1)).cast("B") if rows.size else memoryview(b"")
-            while view:
-                view = view[file.write(view) :]
-        self.rows += data.shape[1]
+        for layer, rows in enumerate(block):
+            self.put(layer, rows)
+        self.commit(block.shape[1])
+
+    def put(self, layer: int, rows: Tensor) -> None:
+        """Rows [rows, width] of the layer in position `layer`; they count once `commit` says so for all layers."""
+        data = rows.to(device="cpu", dtype=torch.float32).contiguous().numpy()
+        file = self._files[layer]
+        file.seek(4 * self.rows * self.width)
+        view = data.data.cast("B") if data.size else memoryview(b"")
+        while view:
+            view = view[file.write(view) :]
+
+    def commit(self, rows: int) -> None:
+        """So many rows were put into every layer."""
+        self.rows += rows
 
     def read(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` (all by default) of the layer in position `layer`: [rows, width]."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
+from keepsight.diagnosis.mean_tokens import RowsWithoutSinks
 from keepsight.diagnosis.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.spectrum import spectrum
@@ -130,7 +131,7 @@ def target_rows(
     progress: bool = False,
     unlabelled: str = "no labels were given",
 ) -> list[Measurement]:
-    """Linear probes of every label set at every layer, or one row that says why there are none.
+    """Linear probes of every label set at every layer, with sinks and without, or one row that says why there are none.
 
     labels: {target: one label (or None) per picture}; done: the pictures that the accumulator holds, in its order;
     middle: the layer that `probe_drop` is about; unlabelled: why there are no label sets, where there are none. Classes
@@ -160,11 +161,22 @@ def target_rows(
         def read(layer: int, positions: np.ndarray = positions) -> StoredRows:
             return accumulator.pooled.rows_of(accumulator.layers.index(layer), positions)
 
+        def read_bare(layer: int, positions: np.ndarray = positions) -> RowsWithoutSinks:
+            return accumulator.without_sinks(accumulator.layers.index(layer), positions)
+
         probe = fit_probes(read, accumulator.layers, names, seed=seed, device=accumulator.device)
-        for row, contributions in probe_rows(probe, target=target, middle=middle, seed=seed):
-            rows.append(row)
-            if contributions is not None:
-                per_image.add(row.key, contributions, positions[probe.test])
+        changed = [layer for position, layer in enumerate(accumulator.layers) if accumulator.bare.differ(position)]
+        bare = probe
+        if changed:
+            bare = probe.with_layers(fit_probes(read_bare, changed, names, seed=seed, device=accumulator.device))
+        said = {layer: accumulator.bare.note(position) for position, layer in enumerate(accumulator.layers)}
+        for tokens, found, notes in (("all", probe, {}), ("without sinks", bare, said)):
+            for row, contributions in probe_rows(
+                found, target=target, middle=middle, seed=seed, tokens=tokens, said=notes
+            ):
+                rows.append(row)
+                if contributions is not None:
+                    per_image.add(row.key, contributions, positions[found.test])
     return rows
 
 

@@ -72,12 +72,12 @@ def yes_or_no(text: str) -> bool | None:
 
 
 def chosen(prediction: str, choices: Sequence[str]) -> int | None:
-    """Which choice an answer names: by its letter ("B", "(b).", "B. a cat", "answer: B"), else by its text.
+    """Which choice an answer names: by its letter ("B", "(b).", "**B**", "B. a cat", "answer: B"), else by its text.
 
     A text counts where it is the whole answer or occurs in it as words, and holds every other choice that occurs; None
     where no choice does.
     """
-    text = prediction.strip()
+    text = re.sub(r"[*`]", "", prediction).strip()  # Markdown's emphasis
     last = chr(ord("A") + min(len(choices), LETTERS) - 1)
     # What follows tells a letter from an article: "A." or "A", not "A cat".
     letter = re.search(

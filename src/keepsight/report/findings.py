@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import write_difference
@@ -11,6 +11,7 @@ from keepsight.results.changes import answer_difference
 from keepsight.results.intervals import Estimate
 
 Rows = tuple[Measurement | None, Measurement | None]
+WITHOUT = "without sinks"
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,33 @@ def within(run: Run) -> list[Finding]:
     found = []
     for target in targets_of([run], "probe_drop"):
         series = run.headline("probe_drop", target)
-        row = series and (run.at(series, run.middle) or run.at(series, None))
-        if row:
-            label, group = target or "class", groups.get(target, "")
-            value, low, high = (None if end is None else -end for end in (row.value, row.high, row.low))
-            found.append(Finding("probe_drop", label, value, low, high, group, after=row, caveat=row.note))
+        if series and (finding := _dropped(run, series, groups.get(target, ""))):
+            found.append(_beside(finding, _dropped(run, series._replace(tokens=WITHOUT))))
     return _by_group(found) + _gap(lambda series: (run.at(series, 0), run.at(series, run.middle)), (run, run))
+
+
+def _dropped(run: Run, series: Series, group: str = "") -> Finding | None:
+    row = run.at(series, run.middle) or run.at(series, None)
+    if row is None:
+        return None
+    value, low, high = (None if end is None else -end for end in (row.value, row.high, row.low))
+    return Finding("probe_drop", series.target or "class", value, low, high, group, after=row, caveat=row.note)
 
 
 def between(base: Run, other: Run) -> list[Finding]:
     """How `other` differs from `base`, each at its own middle layer: probes, gap, and answers."""
     runs = base, other
     groups = target_groups(runs)
+
+    def rows_at(series: Series) -> Rows:
+        return base.at(series, base.middle), other.at(series, other.middle)
+
     found = []
     for target in targets_of([base], "probe_accuracy"):
         series = base.headline("probe_accuracy", target)
-        if series and (pair := _pair(base.at(series, base.middle), other.at(series, other.middle))):
-            found.append(_compared("probe_accuracy", target or "class", runs, pair, groups.get(target, "")))
-    found = _by_group(found)
-    found += _gap(lambda series: (base.at(series, base.middle), other.at(series, other.middle)), runs)
+        if series:
+            found += _change(series, rows_at, runs, target or "class", groups.get(target, ""))
+    found = _by_group(found) + _gap(rows_at, runs)
     for target in tasks_of(base):
         answers = Series("answer_accuracy", target)
         if pair := _pair(base.at(answers, None), other.at(answers, None)):
@@ -108,27 +117,33 @@ def _compared(
     runs: tuple[Run, Run],
     pair: tuple[Measurement, Measurement],
     group: str = "",
-    caveat: str = "",
 ) -> Finding:
     (base, other), (before, after) = runs, pair
     found = difference(base, before, other, after)
-    return Finding(metric, label, found.value, found.low, found.high, group, before, after, caveat)
+    return Finding(metric, label, found.value, found.low, found.high, group, before, after)
 
 
 def _gap(rows_at: Callable[[Series], Rows], runs: tuple[Run, Run]) -> list[Finding]:
-    """The change of the gap, and a caveat where leaving the sinks out decides otherwise."""
     series = runs[0].headline("gap")
-    pair = series and _pair(*rows_at(series))
-    if not series or not pair:
+    return _change(series, rows_at, runs, f"{series.variant} gap".strip()) if series else []
+
+
+def _change(
+    series: Series, rows_at: Callable[[Series], Rows], runs: tuple[Run, Run], label: str, group: str = ""
+) -> list[Finding]:
+    """What `rows_at` gives for the series, compared; with a caveat where leaving the sinks out decides otherwise."""
+    pair, without = _pair(*rows_at(series)), _pair(*rows_at(series._replace(tokens=WITHOUT)))
+    if not pair:
         return []
-    label = f"{series.variant} gap".strip()
-    finding = _compared("gap", label, runs, pair)
-    without = _pair(*rows_at(series._replace(tokens="without sinks")))
-    if without:
-        other = _compared("gap", label, runs, without)
-        if _direction(other) != _direction(finding):
-            return [_compared("gap", label, runs, pair, caveat=f"without sinks {other.text}")]
-    return [finding]
+    finding = _compared(series.metric, label, runs, pair, group)
+    return [_beside(finding, _compared(series.metric, label, runs, without) if without else None)]
+
+
+def _beside(finding: Finding, without: Finding | None) -> Finding:
+    """The finding, and what it is without sinks where that decides otherwise."""
+    if without is None or _direction(without) == _direction(finding):
+        return finding
+    return replace(finding, caveat="; ".join(filter(None, [finding.caveat, f"{WITHOUT} {without.text}"])))
 
 
 def _direction(finding: Finding) -> int:

@@ -1,7 +1,7 @@
 """The summary table: every metric at layer 0, the middle and the last layer, run beside run."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from rich.table import Table
@@ -74,7 +74,10 @@ def answers(runs: Sequence[Run]) -> list[Line]:
 
 
 def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
-    """(run, what, row) of every row without a layer, and of every metric that no figure shows."""
+    """(run, what, row) of every row without a layer, and of every metric that no figure shows.
+
+    A number without sinks is listed where it is not that of all tokens.
+    """
     shown = {name for section in SECTIONS for name in (*section.metrics, *section.more)}
     apart = {"answer_accuracy", "answer_prior", "answer_f1", "pair_accuracy", "probe_chance"}  # in figures of their own
     found = []
@@ -85,6 +88,9 @@ def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
             parts = (series.target, series.variant, "" if series.tokens == "all" else series.tokens)
             details = ", ".join(part for part in parts if part)
             for layer, row in curve.items():
+                same = run.at(series._replace(tokens="all"), layer) if series.tokens != "all" else None
+                if same and same == replace(row, tokens="all"):
+                    continue
                 if layer is None or series.metric not in shown:
                     place = "" if layer is None else f", layer {layer}"
                     name = metric(series.metric).title + (f" ({details})" if details else "") + place
