@@ -1,6 +1,7 @@
 """Skill against what the layers tell: r by hand, several seeds, and the command over a real training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from PIL import Image
 from scipy import stats
 
 from keepsight import cli
-from keepsight.attribution import Point, correlations, over_seeds
-from keepsight.results import Measurement, RunDirectory, read_rows
+from keepsight.report import verdict
+from keepsight.results import Measurement, Point, RunDirectory
+from keepsight.results.trend import correlations, over_seeds
 from keepsight.training.checkpoints import kept_weights
 from keepsight.training.config import TrainConfig
 from keepsight.training.history import moments, replay
@@ -64,7 +66,9 @@ def test_seeds_give_an_interval_of_fishers_z():
     assert over_seeds(rows[:1]) == rows[0]
     (lacking,) = over_seeds([*rows, [Measurement("attribution", None, layer=2, target="texture", note="flat")]])
     assert lacking.value is None
-    assert lacking.note.startswith("1 of 4 trainings have no r")
+    assert lacking.note == "1 of 4 trainings have no r (flat)"
+    (other,) = over_seeds([[], *rows[1:]])
+    assert (other.value, other.note) == (None, "1 of 3 trainings have no r (not measured)")
 
 
 @pytest.fixture(scope="module")
@@ -146,22 +150,62 @@ def test_over_a_training_stopped_and_gone_on(world, tmp_path, capsys, monkeypatc
     assert len(seen) == 5  # two points were not done again
     said = capsys.readouterr().out
     assert "run: start (done before)" in said
-    assert "class at layer " in said
-    rows = read_rows(tmp_path / "out" / "attribution.jsonl")
-    assert {row.target for row in rows} == {"class", "fidelity"}
-    assert {row.n for row in rows if row.value is not None} <= {4}
-    assert "Pearson" in (tmp_path / "out" / "attribution.html").read_text(encoding="utf-8")
+    assert "r with skill, class" in said
+    made = RunDirectory.open(tmp_path / "out")
+    assert (made.kind, made.label, made.info["depth"], made.info["seeds"]) == ("attribution", "out", 4, [0])
+    assert made.info["counts"] == {
+        "trainings": 1,
+        "checkpoints": 4,
+        "questions": 14,
+        "images": 14,
+        "skipped images": 0,
+    }
+    loaded = made.load()
+    assert {row.target for row in loaded.rows} == {"class", "fidelity"}
+    assert {row.n for row in loaded.rows if row.value is not None} <= {4}
+    assert [(point.training, point.name) for point in loaded.points] == [("run", name) for name in replayed]
+    assert all(point.skill.n == 14 for point in loaded.points)
+    assert "max_new_tokens: 2" in loaded.config
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert '<section id="attribution">' in page
+    assert verdict([made]) in " ".join(said.split())
     assert cli.main([*command, "--limit", "3"]) == 2
     assert "was made with other settings (limit: None, now 3); choose another --out" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "copy")
+    assert cli.main([*command[:2], str(tmp_path / "copy"), *command[2:]]) == 2
+    assert "the runs run, copy ended in the same weights, so they are no replicates" in capsys.readouterr().err
+    again = train(world, tmp_path / "again", keep_weights=True, seed=1)
+    assert cli.main([*command[:2], str(again), *command[2:]]) == 0  # joins: only its points are measured
+    assert len(seen) == 9
+    loaded = RunDirectory.open(tmp_path / "out").load()
+    assert list(dict.fromkeys(point.training for point in loaded.points)) == ["run", "again"]
+    assert {row.unit for row in loaded.rows} == {"seeds"}
+    assert loaded.seeds == [0, 1]
+    assert "sources:\n- " in loaded.config
+    assert cli.main(["compare", str(tmp_path / "out"), "--out", str(tmp_path / "compared.html")]) == 0
+    assert '<section id="attribution">' in (tmp_path / "compared.html").read_text(encoding="utf-8")
 
 
 def test_only_the_newest_checkpoint_stays_unless_asked(world, tmp_path, capsys):
     run = train(world, tmp_path / "run", full={"enabled": False})
     assert kept_weights(run / "stages" / "projector") == []
     assert (
-        cli.main(["attribute", str(run), "--images", "x", "--tasks", str(world / "questions.jsonl"), "--out", "o"]) == 2
+        cli.main(
+            [
+                "attribute",
+                str(run),
+                "--images",
+                "x",
+                "--tasks",
+                str(world / "questions.jsonl"),
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 2
     )
     assert "kept no weights on the way: train with keep_weights: true" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_bad_input_is_named(world, tmp_path, capsys):
@@ -171,6 +215,14 @@ def test_bad_input_is_named(world, tmp_path, capsys):
     assert "is no training run; give one, or two models or more" in capsys.readouterr().err
     assert cli.main(["attribute", *common]) == 2
     assert "sources is not given; give it as the first arguments" in capsys.readouterr().err
+    (tmp_path / "labels.json").write_text(json.dumps({"fidelity": {"dark/0.png": "x"}}))
+    assert cli.main(["attribute", "x", *common, "--labels", str(tmp_path / "labels.json")]) == 2
+    assert (
+        "has a label set 'fidelity', which is what a layer's fidelity is called; rename it" in capsys.readouterr().err
+    )
+    other = RunDirectory.create(tmp_path / "o", label="x", kind="diagnosis")
+    assert cli.main(["attribute", str(world / "model"), str(world / "model"), *common]) == 2
+    assert f"'{other.path}' holds a diagnosis run, which an attribution must not replace" in capsys.readouterr().err
     with pytest.raises(ValueError, match="keep_weights is on and save_steps is null"):
         TrainConfig(model={"path": "x"}, out="o", data=_data(), keep_weights=True, save_steps=None)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,13 @@ import pytest
 from keepsight.report import build
 from keepsight.results import LoadedRun, SimilarityMap
 from tests.report.answers import sample_answers
-from tests.report.browser import Tab, chromium, screenshot
+from tests.report.browser import Tab, screenshot
 from tests.report.sample import sample_run
 from tests.report.test_page import HOSTILE, hostile_run
 
 pytestmark = pytest.mark.slow
 
 GRID = 8
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[..., Tab]]:
-    tabs: list[Tab] = []
-
-    def start(path: Path, **context: Any) -> Tab:
-        tabs.append(Tab(browser, path, **context))
-        return tabs[-1]
-
-    yield start
-    for tab in tabs:
-        tab.close()
 
 
 @pytest.fixture(scope="module")

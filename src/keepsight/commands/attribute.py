@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from keepsight.settings import read_command
 
-_FREE = ("out", "sources", "device")  # what a point does not hang on
+_FREE = ("out", "label", "sources", "device")  # what a point does not hang on
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class AttributeConfig:
             two models or more, in the order of their training (the first arguments).
         images: folder of pictures, with a subfolder for each class or none; or a HuggingFace data set on disk.
         tasks: file of questions, as `keepsight evaluate` takes it.
-        out: a folder; what lies there finished is not done again.
+        out: a folder; what lies there finished is not done again, also where there are more sources now.
+        label: name in reports; null = the folder's.
         labels: JSON file of label sets, as `keepsight diagnose` takes it; null = the subfolders.
         limit: ask only so many questions, the first ones.
         batch_size: pictures or questions at once.
@@ -36,6 +37,7 @@ class AttributeConfig:
     images: str
     tasks: str
     out: str
+    label: str | None = None
     labels: str | None = None
     limit: int | None = None
     batch_size: int = 8
@@ -73,7 +75,7 @@ def parse(arguments: Sequence[str]) -> AttributeConfig:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Walk through the trainings, write points, rows and the page, print the r of the middle layer."""
+    """Walk through the trainings, write the run with its points, rows and report, print the r."""
     config = parse(arguments)
     from keepsight.commands.console import console, device_named, quiet
     from keepsight.commands.diagnose import images_of, read_labels
@@ -81,45 +83,82 @@ def main(arguments: Sequence[str]) -> None:
 
     quiet()
     from keepsight import attribution
-    from keepsight.report.attribution import draw
-    from keepsight.results import RunDirectory, make_folder, write_rows
+    from keepsight.report import build, table, verdict
+    from keepsight.results.points import FIDELITY
 
     questions = load_questions(config.tasks)[: config.limit]
     images = images_of(config.images)
     labels = read_labels(config.labels, images, None) if config.labels else None
+    if FIDELITY in (labels or {}):
+        raise ValueError(
+            f"'{config.labels}' has a label set '{FIDELITY}', which is what a layer's fidelity is called; rename it."
+        )
     device = device_named(config.device)
     trainings = _trainings(config.sources)
+    run = _open(config)
     kept = {key: value for key, value in asdict(config).items() if key not in _FREE}
     settings = {"labels": labels, "seed": config.seed, "batch_size": config.batch_size} | (
         {"skip_broken": True} if config.skip_broken else {}
     )
-    make_folder(config.out)
-    told, rows = {}, []
-    for name, source in trainings.items():
+    points = []
+    for name, training in trainings.items():
         folder = Path(config.out) / name
-        points = attribution.look(
-            source(folder, device),
+        points += attribution.look(
+            training.models(folder, device),
             images,
             questions,
             folder,
+            training=name,
             settings=settings,
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             config=kept | {"source": name},
             told=partial(_tell, name),
         )
-        told[name] = points
-        rows.append(attribution.correlations(points))
-    pooled = attribution.over_seeds(rows)
-    write_rows(Path(config.out) / "attribution.jsonl", pooled)
-    depth = int(RunDirectory.open(Path(config.out) / next(iter(told)) / points[0].name).info["depth"])
-    for row in pooled:
-        if row.layer == depth // 2:
-            interval = "" if row.low is None else f" [{row.low:+.2f}, {row.high:+.2f}]"
-            number = f"r = {row.value:+.2f}{interval}" if row.value is not None else "no r"
-            console.print(f"{row.target} at layer {row.layer}: {number}, {row.n} {row.unit}; {row.note}", markup=False)
-    page = draw(told, pooled, depth // 2, Path(config.out) / "attribution.html")
-    console.print(f"page: {page}", markup=False)
+    attribution.conclude(run, points, **_known(config, trainings))
+    run.write_config(config)
+    page = build([run], Path(config.out) / "report.html")
+    console.print(table([run]))
+    console.print(verdict([run]), markup=False)
+    console.print(f"report: {page}", markup=False)
+
+
+def _open(config: AttributeConfig) -> Any:
+    """A new run, or the one to go on with.
+
+    Raises:
+        FileExistsError: the folder holds another run or other files.
+        ValueError: the run was started with other settings.
+    """
+    from keepsight.results import RUN_FILE, RunDirectory
+
+    out = Path(config.out)
+    if (out / RUN_FILE).is_file() and (run := RunDirectory.open(out)).kind == "attribution":
+        if changes := run.changes(config, _FREE):
+            raise ValueError(f"'{out}' was made with other settings ({changes}); choose another --out")
+        return run
+    with RunDirectory.staged(out, label=_label(config), kind="attribution", seed=config.seed) as run:
+        run.write_config(config)
+    return run
+
+
+def _label(config: AttributeConfig) -> str:
+    return config.label or Path(config.out).resolve().name
+
+
+def _known(config: AttributeConfig, trainings: Mapping[str, Training]) -> dict[str, Any]:
+    """What run.json tells of the trainings: where PRe acted in all of them, their seeds; and of this command."""
+    from keepsight.results import command_line
+
+    layers = {training.info.get("pre_layer") for training in trainings.values()}
+    layer = layers.pop() if len(layers) == 1 else None
+    seeds = {seed for training in trainings.values() if type(seed := training.info.get("seed")) is int}
+    return {
+        "label": _label(config),
+        "command": command_line(),
+        "pre_layer": layer if type(layer) is int else None,
+        "seeds": sorted(seeds),
+    }
 
 
 def _tell(training: str, point: str, done: bool) -> None:
@@ -128,16 +167,26 @@ def _tell(training: str, point: str, done: bool) -> None:
     console.print(f"{training}: {point}" + (" (done before)" if done else ""), markup=False)
 
 
-Source = Callable[[Path, str], Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]]
+Models = Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]
 
 
-def _trainings(sources: Sequence[str]) -> dict[str, Source]:
-    """Training → its models in order: of every run, or of the models given.
+@dataclass(frozen=True)
+class Training:
+    """What is walked through. models: (folder of its points, device) → its models in order; info: its run.json."""
+
+    models: Callable[[Path, str], Models]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _trainings(sources: Sequence[str]) -> dict[str, Training]:
+    """The runs by name, or the models given as one training.
 
     Raises:
-        ValueError: runs and models together, one model alone, or two runs of one name.
+        ValueError: runs and models together, one model alone, two runs of one name or of the same weights, or a run
+            that kept none.
     """
     from keepsight.results import RUN_FILE, RunDirectory
+    from keepsight.training.history import moments
 
     runs = [source for source in sources if (Path(source) / RUN_FILE).is_file()]
     if runs and len(runs) < len(sources):
@@ -146,15 +195,23 @@ def _trainings(sources: Sequence[str]) -> dict[str, Source]:
     if not runs:
         if len(sources) < 2:
             raise ValueError(f"'{sources[0]}' is no training run; give one, or two models or more.")
-        return {"models": partial(_models, sources)}
+        return {"models": Training(partial(_models, sources))}
     names = [Path(run).resolve().name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"two runs are called alike ({', '.join(names)}); rename a folder.")
     opened = [RunDirectory.open(run) for run in runs]
-    return {name: partial(_run, run) for name, run in zip(names, opened, strict=True)}
+    for run in opened:
+        moments(run)  # now, not after the first has been walked through
+    ends = [(run.info.get("model") or {}).get("fingerprint") for run in opened]
+    if twins := [name for name, end in zip(names, ends, strict=True) if end and ends.count(end) > 1]:
+        raise ValueError(
+            f"the runs {', '.join(twins)} ended in the same weights, so they are no replicates, and an interval over "
+            "them would be feigned; give one of them, or trainings of several seeds."
+        )
+    return {name: Training(partial(_run, run), run.info) for name, run in zip(names, opened, strict=True)}
 
 
-def _run(run: Any, folder: Path, device: str) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
+def _run(run: Any, folder: Path, device: str) -> Models:
     from keepsight.results import RUN_FILE
     from keepsight.training.history import moments, replay
 
@@ -168,7 +225,7 @@ def _run(run: Any, folder: Path, device: str) -> Iterator[tuple[str, Callable[[]
         yield moment.name, following
 
 
-def _models(sources: Sequence[str], folder: Path, device: str) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
+def _models(sources: Sequence[str], folder: Path, device: str) -> Models:
     from keepsight.vlm.load import load_model
 
     def load(source: str) -> tuple[Any, Any]:

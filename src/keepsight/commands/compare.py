@@ -16,13 +16,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="keepsight compare",
         usage="keepsight compare RUN [RUN …] [--out REPORT.html] [--fail-if CONDITION …]",
         description="Compare runs of keepsight diagnose, evaluate or both; the first is what the others are compared "
-        "with. Of runs that answered the same questions the report shows those that only one gets right.",
+        "with. Those of keepsight attribute are shown beside them. "
+        "Of runs that answered the same questions the report shows those that only one gets right.",
         epilog="Runs with the same label are seeds of one arm: they are averaged, and intervals are over seeds. "
         "Conditions: METRIC OPERATOR NUMBER, such as 'probe_drop > 0.1', 'probe_drop[texture] > 0.1', "
         "'gap@16 < 0.05' or, for the difference from the first run, 'delta gap < -0.02'; met where the whole 95 % "
         f"interval is. Exit status {MET_STATUS} if one is met.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that keepsight diagnose or evaluate wrote")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of keepsight diagnose, evaluate or attribute")
     parser.add_argument("--out", metavar="FILE", help="write one report, an .html file")
     parser.add_argument("--rows", metavar="FILE", help="write every difference, with all intervals, one JSON a line")
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=FAIL_IF)
@@ -46,17 +47,24 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("out", "rows"):
         if (file := getattr(given, name)) and not Path(file).parent.is_dir():
             raise ValueError(f"--{name} is '{file}', whose folder does not exist; create it, or choose another.")
-    grouped = arms([RunDirectory.open(folder).load() for folder in given.runs])
-    pooled = [pool(runs) for runs in grouped]
+    loaded = [RunDirectory.open(folder).load() for folder in given.runs]
+    attributions = [run for run in loaded if run.points]
+    grouped = arms([run for run in loaded if not run.points])
+    compared = [pool(runs) for runs in grouped]
+    pooled = [*compared, *attributions]
     for run in pooled:
         if not run.rows:
-            commands = "`keepsight diagnose` or `keepsight evaluate`"
+            commands = "`keepsight diagnose`, `evaluate` or `attribute`"
             raise ValueError(f"the run '{run.label}' holds no rows; give folders that {commands} wrote.")
     outcomes = [(text, *judge(condition, pooled)) for text, condition in zip(given.fail_if, conditions, strict=True)]
-    console.print(table(pooled))
-    if (counts := changed_table(open_runs(pooled))) is not None:
-        console.print(counts)
-    console.print(verdict(pooled), markup=False)
+    if compared:
+        console.print(table(compared))
+        if (counts := changed_table(open_runs(compared))) is not None:
+            console.print(counts)
+        console.print(verdict(compared), markup=False)
+    if attributions:
+        console.print(table(attributions))
+        console.print(verdict(attributions), markup=False)
     if given.rows:
         write_rows(given.rows, differences(grouped))
         console.print(f"differences: {given.rows}", markup=False)

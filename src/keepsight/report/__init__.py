@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from keepsight.report.curves import open_runs
+from keepsight.report.curves import apart, open_runs
 from keepsight.report.figures import figures
+from keepsight.report.metrics import ATTRIBUTION
 from keepsight.report.page import render, render_markdown
 from keepsight.report.tables import table
 from keepsight.report.verdict import sentence, verdict
@@ -16,14 +17,15 @@ __all__ = ["build", "figures", "table", "verdict"]
 def build(
     runs: Sequence[RunDirectory | LoadedRun],
     out: str | Path,
-    title: str = "What the model still sees",
+    title: str | None = None,
     *,
     illustration: bool = False,
 ) -> Path:
     """Write the report of `runs` to `out` (.html), and its table beside it with the suffix .md.
 
     Args:
-        runs: the first is what the others are compared with.
+        runs: of diagnoses, evaluations and attributions; the first is what others of its kind are compared with.
+        title: a heading; "What the model still sees" unless given, or of attributions alone what they are about.
         illustration: call the verdict an illustration even where run.json does not list one seed.
 
     Raises:
@@ -35,6 +37,7 @@ def build(
         raise ValueError(f"a report is one .html file; got '{out}'. Give a name that ends in .html")
     opened = open_runs(runs)
     text = sentence(opened, illustration=illustration)
+    title = title or ("What the model still sees" if apart(opened)[0] else ATTRIBUTION.title)
     page = render(opened, title, text)
     make_folder(out.parent)
     write_file(out, page)

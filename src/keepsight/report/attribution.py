@@ -1,125 +1,227 @@
-"""The page of an attribution: skill against what a layer still tells, and r by layer."""
+"""Attributions on the page: skill against what a layer still tells, checkpoint by checkpoint, and r by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from plotly.subplots import make_subplots
+from keepsight.report.curves import Run, Series, open_runs
+from keepsight.report.evidence import Block
+from keepsight.report.metrics import ATTRIBUTION, Section, metric, write_value
+from keepsight.report.panels import Panel, csv_of, csv_uri, draw_section, line_of
+from keepsight.report.trend import block, sentence
+from keepsight.results import LoadedRun, Measurement, Point
+from keepsight.results.points import FIDELITY, by_training
+from keepsight.results.trend import correlations
 
-from keepsight.results import Measurement, write_file
+
+@dataclass(frozen=True)
+class Course:
+    """The checkpoints of one training, in their order."""
+
+    number: int  # of its colour and mark
+    run: int  # the attribution's place among the attributions
+    label: str
+    training: str
+    points: list[Point]
 
 
-class Point(Protocol):
-    """A model on the way."""
+@dataclass(frozen=True)
+class Scatter:
+    """One figure of the slider: `told` and the last column of `numbers` are of the layer that the page opens with."""
+
+    id: str
+    title: str
+    help: str
+    told: str
+    csv: str  # a data URI
+    numbers: list[tuple[str, str, str, str]]  # training, checkpoint, skill, what the layer tells
+    data: dict[str, Any]  # for attribution.js
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is known of some targets: a scatter and a curve of r each."""
+
+    title: str
+    scatters: list[Scatter]
+    curves: list[Panel]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The section. `runs` are the attributions, numbered from `first` among all runs of the page."""
+
+    section: Section
+    runs: list[Run]
+    first: int
+    courses: list[Course]
+    layer: int  # the one that the page opens with
+    groups: list[Group]
+    more: list[Group]  # folded away
+    block: Block  # r at the middle layer
+    text: str
+    data: dict[str, Any]  # what all scatters share, for attribution.js
 
     @property
-    def name(self) -> str: ...
-
-    @property
-    def rows(self) -> Sequence[Measurement]: ...
-
-    @property
-    def skill(self) -> float | None: ...
-
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A")  # Okabe and Ito 2008
-
-
-def draw(trainings: Mapping[str, Sequence[Point]], rows: Sequence[Measurement], middle: int, out: Path) -> Path:
-    """Write one HTML file that opens offline: on the left a scatter for each training and target, with a slider over
-    layers; on the right r by layer, with its interval where there are several trainings.
-
-    Raises:
-        StorageError: if it cannot be written.
-    """
-    targets = list(dict.fromkeys(row.target for row in rows))
-    layers = sorted({row.layer for row in rows if row.layer is not None})
-    figure = make_subplots(
-        cols=2,
-        subplot_titles=("Skill against what the layer tells, over training", "r by layer"),
-        column_widths=[0.55, 0.45],
-    )
-    for layer in layers:
-        for number, target in enumerate(targets):
-            for training, points in trainings.items():
-                pairs = [(_value(point, target, layer), point.skill, point.name) for point in points]
-                figure.add_scatter(
-                    x=[x for x, _, _ in pairs],
-                    y=[y for _, y, _ in pairs],
-                    text=[f"{escape(training)}, {escape(name)}" for _, _, name in pairs],
-                    mode="lines+markers",
-                    marker={"size": [6 + 8 * i / max(1, len(pairs) - 1) for i in range(len(pairs))]},
-                    line={"color": COLOURS[number % len(COLOURS)], "width": 1},
-                    name=escape(target),
-                    legendgroup=target,
-                    showlegend=training == next(iter(trainings)),
-                    visible=layer == middle,
-                    hovertemplate="%{text}<br>%{x:.3f}, skill %{y:.3f}",
-                    row=1,
-                    col=1,
-                )
-    per_layer = len(targets) * len(trainings)
-    scattered = per_layer * len(layers)
-    for number, target in enumerate(targets):
-        curve = sorted((r for r in rows if r.target == target and r.layer is not None), key=lambda r: r.layer or 0)
-        known = [row for row in curve if row.value is not None]
-        figure.add_scatter(
-            x=[row.layer for row in known],
-            y=[row.value for row in known],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [_distance(row, row.high) for row in known],
-                "arrayminus": [_distance(row, row.low) for row in known],
-                "thickness": 1,
-            },
-            text=[f"{row.n} {row.unit}" for row in known],
-            name=escape(target),
-            legendgroup=target,
-            showlegend=False,
-            line={"color": COLOURS[number % len(COLOURS)]},
-            hovertemplate="layer %{x}: r %{y:.2f}, %{text}",
-            row=1,
-            col=2,
-        )
-    steps = [
-        {
-            "label": str(layer),
-            "method": "update",
-            "args": [{"visible": [i // per_layer == place for i in range(scattered)] + [True] * len(targets)}],
+    def panels(self) -> dict[str, dict[str, Any]]:
+        """The figures' data by id."""
+        groups = (*self.groups, *self.more)
+        curves = {
+            panel.id: {"percent": False, "shared": False, "range": [-1.05, 1.05], "views": panel.views}
+            for group in groups
+            for panel in group.curves
         }
-        for place, layer in enumerate(layers)
-    ]
-    active = layers.index(middle) if middle in layers else 0
-    slider = {"steps": steps, "active": active, "currentvalue": {"prefix": "layer "}, "len": 0.5, "pad": {"t": 60}}
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif"},
-        sliders=[slider],
-        height=560,
-        margin={"t": 60},
-        title="What the model pays for its skill",
+        return curves | {scatter.id: scatter.data for group in groups for scatter in group.scatters}
+
+
+def attribution(runs: Sequence[Run], first: int) -> Attribution | None:
+    """The section of the attributions `runs`; None without any, or where nothing was measured by layer.
+
+    Args:
+        first: the number of the first among all runs of the page.
+    """
+    drawn = draw_section(runs, ATTRIBUTION)
+    if drawn is None:
+        return None
+    courses = _courses(runs, first)
+    layers = sorted({layer for run in runs for curve in run.curves.values() for layer in curve if layer is not None})
+    layer = runs[0].middle if runs[0].middle in layers else layers[0]
+    trainings = _trainings(runs, courses)
+
+    def group(title: str, panels: Sequence[Panel]) -> Group:
+        scatters = [_scatter(runs, courses, panel.target, _id(panel), layers, layer) for panel in panels]
+        return Group(title, scatters, [_curve(panel, runs, trainings, first) for panel in panels])
+
+    return Attribution(
+        section=ATTRIBUTION,
+        runs=list(runs),
+        first=first,
+        courses=courses,
+        layer=layer,
+        # What is no label set's comes first: fidelity, which nobody asks about either.
+        groups=[group(item.title, item.panels) for item in sorted(drawn.groups, key=lambda item: bool(item.title))],
+        more=[group(item.title, item.panels) for item in drawn.more],
+        block=block(runs, first),
+        text=sentence(runs),
+        data={
+            "layers": layers,
+            "layer": layer,
+            "courses": [
+                {
+                    "number": course.number,
+                    "label": course.label,
+                    "points": [point.name for point in course.points],
+                    "y": [skill.value if (skill := point.skill) else None for point in course.points],
+                    "text": [_written(point.skill) for point in course.points],
+                }
+                for course in courses
+            ],
+        },
     )
-    figure.update_xaxes(title_text="probe accuracy, fidelity", row=1, col=1)
-    figure.update_yaxes(title_text="questions answered right", row=1, col=1)
-    figure.update_xaxes(title_text="layer", row=1, col=2)
-    figure.update_yaxes(title_text="Pearson's r", range=[-1.05, 1.05], row=1, col=2)
-    figure.add_hline(y=0, line_width=1, line_color="#999999", row=1, col=2)
-    page = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True})
-    return write_file(out, page)
 
 
-def _distance(row: Measurement, end: float | None) -> float:
-    return 0.0 if end is None or row.value is None else abs(end - row.value)
+def _courses(runs: Sequence[Run], first: int) -> list[Course]:
+    """Colours tell trainings apart or, where there are several attributions, those."""
+    found = []
+    for place, run in enumerate(runs):
+        trainings = by_training(run.loaded.points)
+        for position, (name, points) in enumerate(trainings.items()):
+            alone = len(trainings) == 1
+            number = first + place if alone or len(runs) > 1 else first + 1 + position
+            label = name if len(runs) == 1 else run.label if alone else f"{run.label}, {name}"
+            found.append(Course(number, place, label, name, points))
+    return found
 
 
-def _value(point: Point, target: str, layer: int) -> float | None:
-    for row in point.rows:
-        if row.layer == layer and not row.variant and row.tokens == "all":
-            name = "fidelity" if row.metric == "fidelity" else row.target if row.metric == "probe_accuracy" else None
-            if name == target:
-                return row.value
-    return None
+def _trainings(runs: Sequence[Run], courses: Sequence[Course]) -> list[tuple[Course, Run]]:
+    """r by layer of each training alone, where its attribution pools several."""
+    several = [course for course in courses if len(course.points) < len(runs[course.run].loaded.points)]
+    alone = [
+        LoadedRun(f"{runs[course.run].label}, {course.training}", correlations(course.points)) for course in several
+    ]
+    return list(zip(several, open_runs(alone), strict=True)) if several else []
+
+
+def _curve(panel: Panel, runs: Sequence[Run], trainings: Sequence[tuple[Course, Run]], first: int) -> Panel:
+    """r by layer as the page's other curves are drawn, with the trainings that it pools as thin lines below."""
+    series = Series("attribution", panel.target)
+    parts = [(course, run) for course, run in trainings if series in run.curves]
+    thin = [{**line_of(course.number, run, series, "part"), "name": course.label} for course, run in parts]
+    (view,) = panel.views
+    lines = [*thin, *({**line, "run": line["run"] + first, "solid": True} for line in view["lines"])]
+    return replace(
+        panel,
+        id=_id(panel),
+        views=[{**view, "lines": lines}],
+        csv=csv_of([*runs, *(run for _, run in parts)], [series]),
+    )
+
+
+def _id(panel: Panel) -> str:
+    return panel.id.removeprefix("attribution-")  # of section and metric alike
+
+
+def _scatter(
+    runs: Sequence[Run], courses: Sequence[Course], target: str, id: str, layers: Sequence[int], layer: int
+) -> Scatter:
+    known = [[point.told for point in course.points] for course in courses]
+    rows = [[[told.get((target, layer)) for told in course] for course in known] for layer in layers]
+    name = next((row.metric for of in rows for course in of for row in course if row), "probe_accuracy")
+    told = [_r(runs, target, layer) for layer in layers]
+    opening = rows[layers.index(layer)]
+    levels = [point.chance(target) for course in courses for point in course.points if name != FIDELITY]
+    return Scatter(
+        id=f"{id}-checkpoints",
+        title=target if name != FIDELITY else metric(name).title,
+        help=metric(name).help,
+        told=told[layers.index(layer)],
+        csv=_csv(runs, courses, target),
+        numbers=[
+            (course.label, point.name, _written(point.skill), _written(row))
+            for course, of in zip(courses, opening, strict=True)
+            for point, row in zip(course.points, of, strict=True)
+        ],
+        data={
+            "scatter": True,
+            "percent": metric(name).percent,
+            "title": metric(name).title.lower(),
+            "chance": next((level for level in levels if level is not None), None),
+            "told": told,
+            "x": [[[row and row.value for row in of] for of in by_course] for by_course in rows],
+            "text": [[[_written(row) for row in of] for of in by_course] for by_course in rows],
+        },
+    )
+
+
+def _written(row: Measurement | None) -> str:
+    return "–" if row is None else write_value(row)
+
+
+def _r(runs: Sequence[Run], target: str, layer: int) -> str:
+    """ "r = −0.81 [−0.95, −0.40], 3 seeds", of every attribution."""
+    texts = []
+    for run in runs:
+        row = run.at(Series("attribution", target), layer)
+        if row is None:
+            text = "not measured"
+        elif row.value is None:
+            text = f"no r: {row.note}"
+        else:
+            text = f"r = {_written(row)}, {row.n} {row.unit}"
+        texts.append(text if len(runs) == 1 else f"{run.label}: {text}")
+    return "; ".join(texts)
+
+
+def _csv(runs: Sequence[Run], courses: Sequence[Course], target: str) -> str:
+    """Every point at every layer, with its skill."""
+    names = ("value", "low", "high", "n")
+    columns = ["run", "training", "checkpoint", *(f"skill_{name}" for name in names), *Measurement.__dataclass_fields__]
+    lines: list[dict[str, Any]] = []
+    for course in courses:
+        for point in course.points:
+            skill = {f"skill_{name}": getattr(point.skill, name, None) for name in names}
+            place = {"run": runs[course.run].label, "training": course.training, "checkpoint": point.name}
+            lines += [place | skill | asdict(row) for (of, _), row in point.told.items() if of == target]
+    return csv_uri(columns, lines)

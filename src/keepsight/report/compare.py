@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from keepsight.report.curves import Run, Series, open_runs
+from keepsight.report.curves import Run, Series, apart, open_runs
 from keepsight.report.findings import difference
 from keepsight.report.metrics import write_interval, write_number
 from keepsight.results import LoadedRun, Measurement
 from keepsight.results.arms import Over, pool
 from keepsight.results.gate import Condition, verdict
 from keepsight.results.intervals import Estimate
+from keepsight.results.trend import ATTRIBUTION
 
 
 def differences(arms: Sequence[Sequence[LoadedRun]]) -> list[Measurement]:
@@ -53,12 +54,14 @@ def _differences(base: Run, other: Run, over: Over) -> Iterator[Measurement]:
 def judge(condition: Condition, runs: Sequence[LoadedRun]) -> tuple[str, list[str]]:
     """What becomes of a condition, and the numbers that it was judged on, in words.
 
-    A condition without `delta` is about every run but the first (or the only one).
+    A condition without `delta` is about every run but the first (or the only one). Attributions are judged among
+    themselves, on their r.
 
     Raises:
         ValueError: if no run has such a number, or there is no second run to take a difference to.
     """
-    opened = open_runs(runs)
+    every = open_runs(runs)
+    opened = apart(every)[condition.metric == ATTRIBUTION] or every
     if condition.delta and len(opened) < 2:
         raise ValueError("'delta' is the difference from the first run; give two runs or more.")
     judged, told = [], []

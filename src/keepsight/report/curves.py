@@ -68,6 +68,11 @@ def open_runs(runs: Sequence[RunDirectory | LoadedRun]) -> list[Run]:
     return [_index(run.load() if isinstance(run, RunDirectory) else run) for run in runs]
 
 
+def apart(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs of one model each, and the attributions, which are of whole trainings; each in their order."""
+    return [run for run in runs if not run.loaded.points], [run for run in runs if run.loaded.points]
+
+
 def _index(loaded: LoadedRun) -> Run:
     curves: dict[Series, dict[int | None, Measurement]] = {}
     for row in loaded.rows:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from keepsight.report.curves import Run, open_runs
-from keepsight.report.metrics import SECTIONS
+from keepsight.report.curves import Run, apart, open_runs
+from keepsight.report.metrics import ATTRIBUTION, SECTIONS
 from keepsight.report.panels import Panel, draw_section
 from keepsight.results import LoadedRun, RunDirectory
 
@@ -28,7 +28,8 @@ def figures(
 ) -> dict[str, Figure]:
     """Every curve by layer that a report of `runs` shows: metric, or "metric, target", → a Matplotlib figure.
 
-    Runs are overlaid, with their 95 % intervals, their controls dotted, chance dashed, and the layer of PRe marked.
+    Runs are overlaid (attributions, as r by layer, among themselves), with their 95 % intervals, their controls dotted,
+    chance dashed, and the layer of PRe marked.
     The figures are no part of pyplot and need no closing: `figures(runs)["gap"].savefig("gap.pdf")`.
 
     Args:
@@ -44,15 +45,22 @@ def figures(
     except ImportError as cause:
         raise ImportError('figures need Matplotlib; it is not installed: pip install "keepsight[figures]"') from cause
     opened = open_runs(runs)
-    panels = [panel for section in SECTIONS if (drawn := draw_section(opened, section)) for panel in drawn.panels]
-    known = list(dict.fromkeys(panel.metric for panel in panels))
+    runs_of = dict(zip((SECTIONS, (ATTRIBUTION,)), apart(opened), strict=True))
+    panels = [
+        (panel, shown)
+        for sections, shown in runs_of.items()
+        for section in sections
+        if (drawn := draw_section(shown, section))
+        for panel in drawn.panels
+    ]
+    known = list(dict.fromkeys(panel.metric for panel, _ in panels))
     if unknown := [name for name in metrics or () if name not in known]:
         raise ValueError(f"no run has a curve of {unknown[0]!r}; there are curves of {', '.join(known) or 'nothing'}")
     found = {}
-    for panel in panels:
+    for panel, shown in panels:
         if metrics is None or panel.metric in metrics:
             figure = Figure(figsize=SIZE, layout="constrained")
-            _draw(figure.add_subplot(), opened, panel, _view(panel, variant, tokens))
+            _draw(figure.add_subplot(), shown, panel, _view(panel, variant, tokens))
             found[f"{panel.metric}, {panel.target}" if panel.target else panel.metric] = figure
     return found
 

@@ -81,6 +81,7 @@ METRICS = {
     "answer_f1": Metric("F1 of “yes”", "Yes/no questions: 2 × right yes ÷ (yes said + yes true)", percent=True),
     "answer_yes": Metric("Answered yes", "Share of the yes/no questions", percent=True),
     "pair_accuracy": Metric("Pairs", "Pairs whose questions are all answered right", percent=True),
+    "attribution": Metric("r with skill", digits=2),
     "pre_cosine": Metric("PRe cosine", "Between prediction and anchor"),
     "pre_margin": Metric("PRe margin", "Cosine over that with another image's anchor at the same position"),
 }
@@ -146,6 +147,18 @@ SECTIONS = (
     ),
 )
 
+# Of attributions, which are of whole trainings and stand apart from the runs of one model.
+ATTRIBUTION = Section(
+    "attribution",
+    "What the model pays for its skill",
+    "Attribution",
+    "Every point is a checkpoint: the higher, the more questions it answers right; the further right, the more a layer "
+    "still tells. Where skill is paid for with sight, a training climbs to the left. r is Pearson's, over the "
+    "checkpoints of a training.",
+    ("attribution",),
+    more_title="Further label sets",
+)
+
 # The variant that a figure opens with and that the table and the verdict use, best first.
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
 # Drawn as thin lines under the metric's own.
@@ -196,6 +209,11 @@ def write_interval(name: str, low: float | None, high: float | None) -> str:
     shown = metric(name)
     scale, digits = (100, 1) if shown.percent else (1, shown.digits)
     return _typographic(f"[{scale * low:.{digits}f}, {scale * high:.{digits}f}]")
+
+
+def write_value(row: Measurement) -> str:
+    """A row's number with its interval: "87.2 % [84.1, 90.0]"."""
+    return f"{write_number(row.metric, row.value)} {write_interval(row.metric, row.low, row.high)}".rstrip()
 
 
 def write_difference(name: str, value: float, low: float | None, high: float | None) -> str:

@@ -9,9 +9,10 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup
 
+from keepsight.report.attribution import attribution
 from keepsight.report.benchmarks import paper_blocks
 from keepsight.report.changed import changed
-from keepsight.report.curves import Run
+from keepsight.report.curves import Run, apart
 from keepsight.report.evidence import answer_block, evidence
 from keepsight.report.explorer import gather
 from keepsight.report.metrics import SECTIONS, write_interval, write_number, write_sample
@@ -21,17 +22,22 @@ from keepsight.report.tables import Line, answers, others, said, summary
 COLOURS = 6  # in report.css; further runs start again from the first
 
 
-def render(runs: Sequence[Run], title: str, verdict: str) -> str:
+def render(opened: Sequence[Run], title: str, verdict: str) -> str:
     """The page as one string of HTML that needs nothing else."""
+    runs, attributions = apart(opened)
+    paid = attribution(attributions, len(runs))
+    everyone = [*runs, *attributions]
     sections = [figures for section in SECTIONS if (figures := draw_section(runs, section))]
     shown, words = gather(runs)
     data = {
-        "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in runs],
+        "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in everyone],
         "panels": {
             panel.id: {"percent": panel.percent, "shared": panel.shared, "views": panel.views}
             for section in sections
             for panel in section.panels
-        },
+        }
+        | (paid.panels if paid else {}),
+        "attribution": paid.data if paid else None,
         "pictures": [
             {"objects": item.picture.objects, "maps": {run: each.info for run, each in item.maps.items()}}
             for item in shown
@@ -50,8 +56,10 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         verdict=verdict,
         paired=all(run.loaded.per_image is not None for run in runs),
         runs=runs,
+        everyone=everyone,
+        paid=paid,
         colours=COLOURS,
-        evidence=evidence(runs),
+        evidence=evidence(runs) if runs else [],
         sections=sections,
         summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
         answers=answer_block(runs),
@@ -64,12 +72,13 @@ def render(runs: Sequence[Run], title: str, verdict: str) -> str:
         outlined=any(item.picture.outline for item in shown),
         unmapped=sum(not item.maps for item in shown) if any(item.maps for item in shown) else 0,
         others=others(runs),
-        facts=[_facts(run) for run in runs],
+        facts=[_facts(run) for run in everyone],
         data=data,
         # The page's own files and Plotly's, never anything that came with a run.
         style=Markup(_asset("report.css")),
         theme=Markup(_asset("theme.js")),
         script=Markup(_asset("report.js")),
+        scatter=Markup(_asset("attribution.js")),
         explorer=Markup(_asset("explorer.js")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
     )
@@ -99,16 +108,20 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
 
 
-def render_markdown(runs: Sequence[Run], title: str, verdict: str) -> str:
-    """The verdict and the summary table as Markdown."""
+def render_markdown(opened: Sequence[Run], title: str, verdict: str) -> str:
+    """The verdict and the summary table as Markdown, that of attributions apart."""
+    tables = "\n\n".join(_markdown_table(runs) for runs in apart(opened) if runs)
+    return f"# {_plain(title)}\n\n> {_plain(verdict)}\n\n{tables}\n"
+
+
+def _markdown_table(runs: Sequence[Run]) -> str:
     names = [_plain(run.label) for run in runs]
     several = len(runs) > 2
     differences = [f"{name} − {names[0]}" if several else "difference" for name in names[1:]]
     header = ["measure", "layer", *names, *differences, "n, seed"]
     rows = [_markdown_row(line) for line in [*summary(runs), *answers(runs)]]
     lines = [" | ".join(header), " | ".join(["---"] * len(header)), *(" | ".join(row) for row in rows)]
-    table = "\n".join(f"| {line} |" for line in lines)
-    return f"# {_plain(title)}\n\n> {_plain(verdict)}\n\n{table}\n"
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _markdown_row(line: Line) -> list[str]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import quote
@@ -129,9 +129,9 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
     main = [series for series in every if series not in controls] or controls
     views = []
     for series in main:
-        lines = [_line(number, run, series, "run") for number, run in enumerate(runs) if series in run.curves]
+        lines = [line_of(number, run, series, "run") for number, run in enumerate(runs) if series in run.curves]
         lines += [
-            {**_line(number, run, control, "control"), "name": control.variant}
+            {**line_of(number, run, control, "control"), "name": control.variant}
             for control in controls
             if control.tokens == series.tokens
             and control != series
@@ -154,7 +154,7 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
         shared=name == "probe_accuracy",
         views=sorted(views, key=lambda view: (view["tokens"] != "all", view["variant"] != preferred_of(views))),
         gaps=_missing(runs, main),
-        csv=_csv(runs, every),
+        csv=csv_of(runs, every),
         sample=_sample(runs, opening),
         numbers=_numbers(runs, opening),
     )
@@ -165,7 +165,8 @@ def preferred_of(views: Sequence[dict[str, Any]]) -> str:
     return preferred({view["variant"] for view in views})
 
 
-def _line(number: int, run: Run, series: Series, role: str) -> dict[str, Any]:
+def line_of(number: int, run: Run, series: Series, role: str) -> dict[str, Any]:
+    """A series of a run as report.js draws it; the run is told by its `number`."""
     layers = sorted((layer, row) for layer, row in run.curves[series].items() if layer is not None)
     rows = [row for _, row in layers]
     return {
@@ -226,14 +227,17 @@ def _sample(runs: Sequence[Run], series: Series) -> str:
     return samples.pop() if len(samples) == 1 else ""
 
 
-def _csv(runs: Sequence[Run], series: Sequence[Series]) -> str:
-    """All rows of a figure as a data URI, so that the page needs no other file."""
+def csv_of(runs: Sequence[Run], series: Sequence[Series]) -> str:
+    """All rows of a figure, as `csv_uri` gives them."""
+    rows = ((run, row) for run in runs for item in series for row in run.curves.get(item, {}).values())
+    columns = ["run", *Measurement.__dataclass_fields__]
+    return csv_uri(columns, ({"run": run.label, **asdict(row)} for run, row in rows))
+
+
+def csv_uri(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    """A CSV as a data URI, so that the page needs no other file."""
     text = io.StringIO()
-    columns = list(Measurement.__dataclass_fields__)
-    writer = csv.DictWriter(text, ["run", *columns], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for run in runs:
-        for item in series:
-            for row in run.curves.get(item, {}).values():
-                writer.writerow({"run": run.label, **asdict(row)})
+    writer.writerows(lines)
     return "data:text/csv;charset=utf-8," + quote(text.getvalue())

@@ -11,6 +11,7 @@ from keepsight.report.curves import Run, Series, open_runs, target_groups, targe
 from keepsight.report.findings import difference
 from keepsight.report.metrics import (
     ASKED,
+    ATTRIBUTION,
     NEVER_ASKED,
     PARTS,
     SECTIONS,
@@ -23,7 +24,7 @@ from keepsight.report.metrics import (
 )
 from keepsight.results import LoadedRun, Measurement, RunDirectory
 
-_SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens")  # for the terminal
+_SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens", "attribution")  # for the terminal
 ANSWERS = ("answer_accuracy", "answer_prior", "answer_f1", "answer_yes", "pair_accuracy")
 _ALL_VARIANTS = ("gap",)  # the headline of the patch structure: raw and centred side by side
 
@@ -52,7 +53,7 @@ class Line:
 
 def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
     """The lines of the table; `full=False` keeps the metrics that a terminal has room for."""
-    wanted = [name for section in SECTIONS for name in section.metrics if full or name in _SHORT]
+    wanted = [name for section in (*SECTIONS, ATTRIBUTION) for name in section.metrics if full or name in _SHORT]
     lines = [line for name in wanted for item in _series(runs, name) for line in _lines(runs, *item)]
     if full:
         return lines

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from keepsight.report.curves import Run, Series, open_runs
+from keepsight.report.curves import Run, Series, apart, open_runs
 from keepsight.report.findings import Finding, between, tasks_of, within
 from keepsight.report.metrics import ASKED, NEVER_ASKED, write_interval, write_number, write_sample
+from keepsight.report.trend import sentence as trend
 from keepsight.results import LoadedRun, RunDirectory
 
 ILLUSTRATION = "one seed: an illustration"
@@ -19,7 +20,8 @@ def verdict(runs: Sequence[RunDirectory | LoadedRun], *, illustration: bool = Fa
     For one run: what linear probes lost from layer 0 to the middle layer, and how the patch gap changed. For
     several: how each differs from the first at the middle layer. A difference counts as told when its 95 % interval
     leaves zero out; where none does, the sentence says so. Runs that are compared on one seed each are called an
-    illustration, as is any run when `illustration` is set or its run.json lists one seed.
+    illustration, as is any run when `illustration` is set or its run.json lists one seed. Attributions are spoken of
+    where there is nothing else: how their r at the middle layer stands to zero.
 
     Raises:
         ValueError: if `runs` is empty, or if one holds two rows for the same number.
@@ -29,6 +31,9 @@ def verdict(runs: Sequence[RunDirectory | LoadedRun], *, illustration: bool = Fa
 
 def sentence(runs: Sequence[Run], *, illustration: bool = False) -> str:
     """`verdict` for runs that are already indexed."""
+    runs, attributions = apart(runs)
+    if not runs:
+        return trend(attributions)
     text = _one(runs[0]) if len(runs) == 1 else "; ".join(_two(runs[0], other) for other in runs[1:])
     if illustration or _single_seed(runs):
         return f"{text}; {ILLUSTRATION}"

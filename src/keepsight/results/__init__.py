@@ -8,6 +8,7 @@ from keepsight.results.loaded import LoadedRun
 from keepsight.results.maps import SimilarityMap
 from keepsight.results.measurement import Key, Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, PerImageBuilder, merged
+from keepsight.results.points import Point
 from keepsight.results.provenance import command_line, fingerprint, prompt_hash, versions
 from keepsight.results.run import RunDirectory
 from keepsight.results.staging import staged_folder
@@ -22,6 +23,7 @@ __all__ = [
     "Measurement",
     "PerImage",
     "PerImageBuilder",
+    "Point",
     "RunDirectory",
     "SimilarityMap",
     "StorageError",

@@ -7,13 +7,14 @@ from typing import Any
 from keepsight.results.answers import ANSWERS
 from keepsight.results.examples import INDEX
 from keepsight.results.per_image import PER_IMAGE
+from keepsight.results.points import POINTS
 from keepsight.results.staging import entries, move
 from keepsight.results.thumbnails import THUMBNAILS
 
 RUN_FILE = "run.json"
 EXAMPLES = "examples"
-RESUMED = ("training", "evaluation")  # kinds whose commands go on with a run, and replace none
-_OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md", *PER_IMAGE, ANSWERS, THUMBNAILS)
+RESUMED = ("training", "evaluation", "attribution")  # kinds whose commands go on with a run, and replace none
+_OWN_FILES = ("rows.jsonl", "config.yaml", "report.html", "report.md", *PER_IMAGE, ANSWERS, THUMBNAILS, POINTS)
 _TRAINING = ("stages", "curves.jsonl", "model", "adapter")  # what a training's folder holds beside them
 
 
@@ -69,7 +70,7 @@ def check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
         if None not in (kind, there) and kind != there:
             even = "" if kind in RESUMED else ", not even with overwrite=True (--overwrite)"
             raise FileExistsError(
-                f"'{path}' holds a {there} run, which a {kind} must not replace{even}. Choose another folder"
+                f"'{path}' holds a {there} run, which {_a(kind)} must not replace{even}. Choose another folder"
             )
         if not overwrite:
             otherwise = (
@@ -88,6 +89,10 @@ def check_vacant(path: Path, overwrite: bool, kind: str | None) -> bool:
             "overwriting never touches files that keepsight did not write"
         )
     return False
+
+
+def _a(kind: str | None) -> str:
+    return f"{'an' if str(kind).startswith(('a', 'e')) else 'a'} {kind}"
 
 
 def swap(new: Path, path: Path, old: Path) -> None:

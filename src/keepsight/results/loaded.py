@@ -8,6 +8,7 @@ from keepsight.results.answers import AnswerRecord
 from keepsight.results.examples import Example
 from keepsight.results.measurement import Measurement
 from keepsight.results.per_image import PerImage
+from keepsight.results.points import Point
 from keepsight.results.thumbnails import Thumbnails
 
 
@@ -23,6 +24,7 @@ class LoadedRun:
     per_image: PerImage | None = None
     answers: Sequence[AnswerRecord] = ()
     thumbnails: Thumbnails | None = None  # of the pictures that the answers are about
+    points: Sequence[Point] = ()  # of an attribution's trainings
 
     @property
     def seeds(self) -> list[int]:

@@ -122,8 +122,20 @@ def _read_row(line: str, place: str) -> Measurement:
         raise ValueError(
             f"{place}: this line is not JSON ({error.msg}), the file was cut off or edited; write it again"
         ) from error
+    return row_of(row, place)
+
+
+def row_of(row: Any, place: str) -> Measurement:
+    """The Measurement that a JSON value holds.
+
+    Args:
+        place: where it is from, for the error.
+
+    Raises:
+        ValueError: see `read_rows`.
+    """
     if not isinstance(row, dict):
-        raise ValueError(f'{place}: expected an object such as {{"metric": ...}}, got {line.strip()[:60]}')
+        raise ValueError(f'{place}: expected an object such as {{"metric": ...}}, got {json.dumps(row)[:60]}')
     known = [field.name for field in fields(Measurement)]
     if unknown := sorted(set(row) - set(known)):
         raise ValueError(

@@ -1,11 +1,13 @@
 """A run's folder: its numbers, what made them, and a few pictures to look at.
 
 rows.jsonl     one Measurement a line
-run.json       kind ("diagnosis", "training"), label, command, versions, model, depth, PRe layer, prompt, seed, counts
+run.json       kind ("diagnosis", "training", "evaluation" or "attribution"), label, command, versions, model, depth,
+               PRe layer, prompt, seed, counts
 config.yaml    the resolved configuration
 per_image.npy  what each picture adds to each number, and per_image.json, of what; for paired comparisons
 examples/      pictures, masks, similarity maps and examples.json
 answers.jsonl  one `AnswerRecord` a line: what was asked and answered; thumbnails.zip, the pictures that it is about
+points.jsonl   of an attribution: skill, and what the layers tell, of every point of its trainings
 report.html    written by keepsight.report
 """
 
@@ -27,6 +29,7 @@ from keepsight.results.layout import EXAMPLES, RUN_FILE, check_vacant, kind_of, 
 from keepsight.results.loaded import LoadedRun
 from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, read_per_image, write_per_image
+from keepsight.results.points import Point, read_points, write_points
 from keepsight.results.provenance import command_line, prompt_hash, versions
 from keepsight.results.staging import room
 from keepsight.results.storage import make_folder, to_json, write_file
@@ -68,7 +71,7 @@ class RunDirectory:
             command: what to type to get the run again; the running command unless given.
             counts: such as {"images": 400, "skipped images": 2}.
             targets: label set → "asked" or "never asked"; the report keeps the two apart.
-            kind: what the run is: "diagnosis", "training". A run of one kind never replaces one of another.
+            kind: what the run is, see the module. A run of one kind never replaces one of another.
             overwrite: replace a run that is already there. Only keepsight's own files are removed, and only from
                 a folder that holds a run.
             extra: further JSON values for run.json.
@@ -225,6 +228,10 @@ class RunDirectory:
         """Keep small copies of the pictures that the answers are about: (task, name, picture) each. How many."""
         return write_thumbnails(self.path, pictures)
 
+    def write_points(self, points: Iterable[Point]) -> None:
+        """Write points.jsonl, in place of the one that was there."""
+        write_points(self.path, points)
+
     def load(self) -> LoadedRun:
         """The whole run in memory. A run without rows yet has none.
 
@@ -241,6 +248,7 @@ class RunDirectory:
             per_image=read_per_image(self.path),
             answers=self.read_answers(),
             thumbnails=read_thumbnails(self.path),
+            points=read_points(self.path),
         )
 
     def _write_info(self) -> None:

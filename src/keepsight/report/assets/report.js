@@ -9,6 +9,8 @@
   // Plotly reads a little HTML in its texts; what comes from a run is to be shown as it is.
   const plain = (text) => String(text).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const inkOf = (number) => colour("--c" + (number % COLOURS));
+  const symbolOf = (number) => SYMBOLS[number % SYMBOLS.length];
   const transparent = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
 
   // Straight pieces between known values: a band must not bridge a layer without one.
@@ -22,15 +24,13 @@
     const times = (values) => values.map((value) => (value === null ? null : value * scale));
     const drawn = [];
     for (const line of view.lines) {
-      const run = data.runs[line.run];
-      const ink = colour("--c" + (line.run % COLOURS));
-      const name = plain(run.label);
+      const ink = inkOf(line.run);
       if (line.role === "chance") {
         drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: colour("--faint"), width: 1, dash: "dash" }, hoverinfo: "skip", showlegend: false });
         continue;
       }
-      if (line.role === "control") {
-        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, 0.6), width: 1, dash: "dot" }, customdata: line.text.map(plain), hovertemplate: plain(line.name).replace(/%/g, "&#37;") + "  %{customdata}<extra></extra>" });
+      if (line.role === "control" || line.role === "part") {
+        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, line.role === "part" ? 0.8 : 0.6), width: 1, dash: line.role === "part" ? "solid" : "dot" }, customdata: line.text.map(plain), hovertemplate: plain(line.name).replace(/%/g, "&#37;") + "  %{customdata}<extra></extra>" });
         continue;
       }
       for (const piece of pieces(line)) {
@@ -41,9 +41,9 @@
       }
       drawn.push({
         x: line.x, y: times(line.y), mode: "lines+markers", connectgaps: false, customdata: line.text.map(plain),
-        line: { color: ink, width: 2, dash: DASHES[line.run % DASHES.length] },
-        marker: { color: ink, size: line.x.length > 20 ? 4 : 6.5, symbol: SYMBOLS[line.run % SYMBOLS.length] },
-        hovertemplate: "<b>" + name.replace(/%/g, "&#37;") + "</b>  %{customdata}<extra></extra>",
+        line: { color: ink, width: 2, dash: line.solid ? "solid" : DASHES[line.run % DASHES.length] },
+        marker: { color: ink, size: line.x.length > 20 ? 4 : 6.5, symbol: symbolOf(line.run) },
+        hovertemplate: "<b>" + plain(data.runs[line.run].label).replace(/%/g, "&#37;") + "</b>  %{customdata}<extra></extra>",
       });
     }
     return drawn;
@@ -60,28 +60,34 @@
   const sharedPanels = Object.values(data.panels).filter((panel) => panel.shared);
   const sharedRange = sharedPanels.length ? extent(sharedPanels) : null;
 
+  const axis = () => ({ gridcolor: colour("--grid"), linecolor: colour("--rule"), tickfont: { size: 11, color: colour("--soft") }, zeroline: false, fixedrange: true });
+  const frame = (target) => ({
+    width: target.clientWidth, height: target.clientHeight, // given, so that print and narrow windows fit at once
+    margin: { l: 46, r: 12, t: 18, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false,
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--ink") },
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { size: 12, color: colour("--ink") } },
+  });
+
   function layout(panel, view, scale, target) {
     const depth = Math.max(...data.runs.map((run) => run.depth), 1);
     const step = [1, 2, 4, 5, 10, 20].find((size) => depth / size <= 9) || 40;
-    const axis = { gridcolor: colour("--grid"), linecolor: colour("--rule"), tickfont: { size: 11, color: colour("--soft") }, zeroline: false, fixedrange: true };
     const shapes = [], annotations = [];
-    const marks = [...new Set(data.runs.map((run) => run.preLayer).filter((layer) => layer !== null))];
+    const drawn = [...new Set(view.lines.filter((line) => line.role === "run").map((line) => line.run))];
+    const marks = [...new Set(drawn.map((number) => data.runs[number].preLayer).filter((layer) => layer !== null))];
     for (const layer of marks) {
-      const number = data.runs.findIndex((run) => run.preLayer === layer);
-      const ink = colour("--c" + (number % COLOURS));
+      const number = drawn.find((number) => data.runs[number].preLayer === layer);
+      const ink = inkOf(number);
       shapes.push({ type: "line", x0: layer, x1: layer, yref: "paper", y0: 0, y1: 1, line: { color: ink, width: 1, dash: "dot" }, layer: "below" });
       annotations.push({ x: layer, yref: "paper", y: 1, yanchor: "bottom", text: "PRe", showarrow: false, font: { size: 11, color: ink } });
     }
     const chance = view.lines.find((line) => line.role === "chance");
     if (chance) annotations.push({ x: depth, xanchor: "right", y: chance.y[0] * scale, yanchor: "bottom", text: "chance", showarrow: false, font: { size: 11, color: colour("--faint") } });
-    const range = panel.shared && sharedRange ? sharedRange.map((value) => value * scale) : undefined;
+    const range = panel.range || (panel.shared && sharedRange ? sharedRange.map((value) => value * scale) : undefined);
+    if (panel.range) shapes.push(attribution.mark());
     return {
-      width: target.clientWidth, height: target.clientHeight, // given, so that print and narrow windows fit at once
-      margin: { l: 46, r: 12, t: 18, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, shapes, annotations,
-      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--ink") }, hovermode: "x unified", dragmode: false,
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { size: 12, color: colour("--ink") } },
-      xaxis: { ...axis, range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: "layer", font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: "layer %{x}" } },
-      yaxis: { ...axis, range, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
+      ...frame(target), shapes, annotations, hovermode: "x unified",
+      xaxis: { ...axis(), range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: "layer", font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: "layer %{x}" } },
+      yaxis: { ...axis(), range, zeroline: Boolean(panel.range), zerolinecolor: colour("--faint"), zerolinewidth: 1, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
     };
   }
 
@@ -96,17 +102,24 @@
   function draw(target) {
     if (target.offsetParent === null) return; // folded away: drawn when it is opened
     const panel = data.panels[target.dataset.panel];
+    if (panel.scatter) return Plotly.react(target, attribution.traces(panel), attribution.layout(panel, target), { displayModeBar: false });
     const section = target.closest("section");
     const view = pick(panel, section);
     const scale = panel.percent ? 100 : 1;
     Plotly.react(target, traces(view, scale), layout(panel, view, scale, target), { displayModeBar: false });
+    if (panel.range && !target.dataset.clicks) {
+      target.dataset.clicks = "true";
+      target.on("plotly_click", (event) => attribution.choose(event.points[0].x));
+    }
     const label = [view.variant, view.tokens === "all" ? "" : view.tokens].filter(Boolean).join(", ");
     const heading = target.closest("figure").querySelector("h4");
     let small = heading.querySelector("small");
     if (label && !small) { small = document.createElement("small"); heading.append(" ", small); }
     if (small) small.textContent = label;
   }
-  const drawAll = () => document.querySelectorAll(".plot").forEach(draw);
+  const redraw = (section) => section.querySelectorAll(".plot").forEach(draw);
+  const attribution = data.attribution && keepsightAttribution(data, { plain, colour, inkOf, symbolOf, axis, frame, redraw });
+  const drawAll = () => redraw(document);
 
   const { prefersDark, current, choose } = keepsightTheme; // from the script in the head
   const button = document.getElementById("theme");
@@ -137,8 +150,8 @@
     setTheme(current());
   });
 
-  document.querySelectorAll("input[data-select]").forEach((input) => input.addEventListener("change", () => input.closest("section").querySelectorAll(".plot").forEach(draw)));
-  document.querySelectorAll("details.more").forEach((details) => details.addEventListener("toggle", () => details.querySelectorAll(".plot").forEach(draw)));
+  document.querySelectorAll("input[data-select]").forEach((input) => input.addEventListener("change", () => redraw(input.closest("section"))));
+  document.querySelectorAll("details.more").forEach((details) => details.addEventListener("toggle", () => redraw(details)));
   document.querySelectorAll("button[data-svg]").forEach((save) => save.addEventListener("click", () => {
     const target = document.querySelector(`.plot[data-panel="${save.dataset.svg}"]`);
     Plotly.downloadImage(target, { format: "svg", filename: save.dataset.svg, width: target.clientWidth, height: target.clientHeight });
