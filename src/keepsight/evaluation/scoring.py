@@ -77,16 +77,16 @@ def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     A text counts where it is the whole answer or occurs in it as words, and holds every other choice that occurs; None
     where no choice does.
     """
-    text = re.sub(r"[*`]", "", prediction).strip()  # Markdown's emphasis
+    plainly = re.sub(r"[*`]", "", prediction).strip()  # without Markdown's emphasis
     last = chr(ord("A") + min(len(choices), LETTERS) - 1)
     # What follows tells a letter from an article: "A." or "A", not "A cat".
     letter = re.search(
-        rf"(?:^|(?i:\banswer(?: is)?|\boption)\s*:?\s*)\(?([A-{last}a-{last.lower()}])(?:[).:,]|\s*$)", text
+        rf"(?:^|(?i:\banswer(?: is)?|\boption)\s*:?\s*)\(?([A-{last}a-{last.lower()}])(?:[).:,]|\s*$)", plainly
     )
     if letter:
         return ord(letter[1].upper()) - ord("A")
     plain = [normalise(choice) for choice in choices]
-    said = normalise(text)
+    said = normalise(prediction)
     if plain.count(said) == 1:
         return plain.index(said)
     there = [i for i, choice in enumerate(plain) if choice and f" {choice} " in f" {said} "]
