@@ -188,12 +188,16 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-@pytest.fixture(scope="module", params=["right", "left"])
+@pytest.fixture(scope="module", params=["right", pytest.param("left", marks=pytest.mark.slow)])
 def side(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = ("llava-siglip-qwen2", "internvl")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def case(request: pytest.FixtureRequest, side: str, patch: pytest.MonkeyPatch) -> Case:
     return diagnosed(request.param, side, patch)
 

@@ -94,6 +94,7 @@ def test_the_papers_models_have_their_published_sizes(names):
 
 
 @each_arm
+@pytest.mark.slow
 def test_each_stage_at_the_real_sizes(arm, monkeypatch):
     """What learns, where the heads sit and how large they are."""
     config = parse(recipe(*arm))
@@ -138,6 +139,7 @@ def test_every_value_says_whose_it_is():
 
 
 @pytest.mark.parametrize("path", [*PAPER, *ABLATIONS], ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_overrides_open_with_their_command_and_say_whose_they_are(path):
     first, *rest = path.read_text(encoding="utf-8").splitlines()
     assert first == f"# keepsight train recipes/clip-vicuna-7b.yaml {path.relative_to(ROOT).as_posix()}"

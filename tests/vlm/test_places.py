@@ -80,7 +80,11 @@ def nearby(tokens: ImageTokens, found: list[int], place: int) -> bool:
     return place in found and all(same) and max(apart) <= 1
 
 
-@pytest.mark.parametrize("name", PLACED)
+QUICK = {"LLaVA (CLIP + Llama)", "LLaVA-NeXT", "Qwen2.5-VL", "InternVL", "SmolVLM", "Gemma 3"}
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLACED]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_an_odd_patch_moves_its_token_and_no_other(name):
     model, batch = FAMILIES[name].make()
     vlm, batch = Vlm(model), alone(name, batch)
