@@ -136,9 +136,10 @@ def fit_probes(
             found = fit_streamed(first, targets, targets[0], split, l2, len(names))
         else:
             together = together or max(1, layers_memory(device) // bytes_per_layer(n, d, len(names), len(grid)))
-            chunk = [torch.as_tensor(some[:]) for some in (first, *map(read, layers[start + 1 : start + together]))]
-            start += len(chunk)
-            found = fit(torch.stack(chunk).to(device), targets, targets[0], split, l2, len(names))
+            chunk = layers[start + 1 : start + together]
+            start += 1 + len(chunk)
+            # Nothing here holds on to the features, which `fit` lets go of early.
+            found = fit(_stacked([first, *map(read, chunk)], device), targets, targets[0], split, l2, len(names))
         for kind, outcome in zip(fits, found, strict=True):
             kind.append(outcome)
     (validation, strength, correct), (_, _, control) = (
@@ -154,6 +155,14 @@ def fit_probes(
         shuffled=control,
         majority=(y[split.test] == majority).numpy(),
     )
+
+
+def _stacked(layers: list[Features], device: torch.device | str) -> torch.Tensor:
+    """[P, n, d]"""
+    whole = torch.empty(len(layers), *layers[0].shape)
+    for one, features in zip(whole, layers, strict=True):
+        one.copy_(torch.as_tensor(features[:]))
+    return whole.to(device)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
