@@ -30,7 +30,7 @@ def on_paper(pictures: int) -> None:
     sizes = {
         "mean tokens, on disk": 4 * LAYERS * WIDTH * pictures,
         "sample of tokens, on disk": 4 * LAYERS * WIDTH * sampled,
-        "covariance of a layer, in memory": 8 * GROUPS * WIDTH**2,
+        "covariance of a layer, in memory": (4 * GROUPS + 8) * WIDTH**2,
         "probe of a layer, in memory": probe_fit.bytes_together(round(0.6 * pictures), WIDTH, CLASSES, len(L2_GRID)),
     }
     print(f"{LAYERS} layers × {WIDTH}, {CLASSES} classes, {pictures:,} pictures:")

@@ -65,14 +65,18 @@ class CovarianceSums:
         self.shift = torch.zeros(width, device=device) if shift is None else shift.float().to(device)
         self.count = torch.zeros(groups, dtype=torch.float64, device=device)
         self.first = torch.zeros(groups, width, dtype=torch.float64, device=device)
-        self.second = torch.zeros(groups, width, width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
+        # Only intervals are made of these, and at 4,096 channels ten of them in float64 would take 1.3 GB.
+        self.second_of = torch.zeros(groups, width, width, device=device)
 
     def update(self, tokens: Tensor, group: int) -> None:
         """Add the tokens [t, d] of one group of images."""
         for start in range(0, tokens.shape[0], CHUNK):
             z = tokens[start : start + CHUNK].float() - self.shift
             for low, high in _row_blocks(z.shape[1]):
-                self.second[group, low:high, :high].add_(z[:, low:high].T @ z[:, :high])
+                product = z[:, low:high].T @ z[:, :high]
+                self.second[low:high, :high].add_(product)
+                self.second_of[group, low:high, :high].add_(product)
             self.first[group].add_(z.sum(dim=0))
             self.count[group] += z.shape[0]
 
@@ -85,23 +89,24 @@ class CovarianceSums:
         """The sums over the tokens of both (same shift)."""
         merged = copy.copy(self)
         merged.count, merged.first = self.count + other.count, self.first + other.first
-        merged.second = self.second + other.second
+        merged.second, merged.second_of = self.second + other.second, self.second_of + other.second_of
         return merged
 
     def select(self, channels: Tensor) -> CovarianceSums:
         """The sums over these channels only (channels: bool [d])."""
         chosen = copy.copy(self)
         chosen.shift, chosen.first = self.shift[channels], self.first[:, channels]
-        chosen.second = mirrored(self.second)[:, channels][:, :, channels]
+        chosen.second = mirrored(self.second)[channels][:, channels]
+        chosen.second_of = mirrored(self.second_of)[:, channels][:, :, channels]
         return chosen
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count, sum of tokens [d] and sum of products [d, d] over all groups."""
-        return self.count.sum(), self.first.sum(dim=0), self.second.sum(dim=0)
+        return self.count.sum(), self.first.sum(dim=0), self.second
 
     def group(self, g: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same of one group."""
-        return self.count[g], self.first[g], self.second[g]
+        return self.count[g], self.first[g], self.second_of[g]
 
 
 def covariance_of(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
