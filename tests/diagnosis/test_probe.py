@@ -18,6 +18,7 @@ from keepsight.diagnosis.probe import (
     wilson,
 )
 from keepsight.diagnosis.probe_fit import standardise
+from tests.elsewhere import DEVICE, Accelerator
 
 GRID = (1e-4, 1e-2, 1.0)
 
@@ -233,3 +234,22 @@ def test_block_by_block_solves_scikit_learns_problem():
             torch.tensor(oracle.intercept_)[None, None],
         )
         assert ours[r].item() == pytest.approx(theirs.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("features_memory", [4 << 30, 1])
+def test_probes_keep_to_their_device(monkeypatch, features_memory):
+    layers, labels = planted(n=120)
+    monkeypatch.setattr("keepsight.diagnosis.probe_fit.FEATURES_MEMORY", features_memory)
+    expected = fit_probes(lambda layer: layers[layer], range(4), labels)
+    with Accelerator():
+        found = fit_probes(lambda layer: layers[layer], range(4), labels, device=DEVICE)
+    np.testing.assert_array_equal(found.correct, expected.correct)
+    np.testing.assert_array_equal(found.l2, expected.l2)
+
+
+def test_a_mixture_of_devices_would_be_seen():
+    with Accelerator():
+        there = torch.ones(3, device=DEVICE)
+        assert float((there * 2.0).sum()) == 6.0
+        with pytest.raises(AssertionError, match="mixes tensors of the accelerator"):
+            there + torch.ones(3)
