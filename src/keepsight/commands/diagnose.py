@@ -104,17 +104,18 @@ def parse(arguments: Sequence[str]) -> DiagnoseConfig:
 def main(arguments: Sequence[str]) -> None:
     """Diagnose, write the run's folder, print the table and the verdict."""
     config = parse(arguments)
+    from keepsight.processes import rank, world_size
     from keepsight.results import RunDirectory
 
-    # A folder that cannot take the run is refused before the work, not after it.
-    RunDirectory.check(config.out, kind="diagnosis", overwrite=config.overwrite)
+    # A folder that cannot take the run is refused before the work, not after it; by the process that will write it.
+    if rank() == 0:
+        RunDirectory.check(config.out, kind="diagnosis", overwrite=config.overwrite)
     from keepsight.commands.console import console, device_named, quiet, training_run
 
     quiet()
     from keepsight.diagnosis import diagnose
     from keepsight.diagnosis.nulls import wanted_nulls
     from keepsight.diagnosis.rows import wanted_metrics
-    from keepsight.processes import rank, world_size
     from keepsight.report import table, verdict
     from keepsight.vlm.load import load_model, model_folder
     from keepsight.vlm.pruning import Pruning
