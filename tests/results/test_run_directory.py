@@ -81,6 +81,23 @@ def test_prompt_hash_is_sha256() -> None:
     assert prompt_hash("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_a_run_stopped_before_its_configuration_differs_in_nothing(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, label="first")
+    (tmp_path / ".config.yaml.0123abcd.part").write_text("a:")  # killed while it was written
+    assert run.differences({"a": 1}) == {}
+    run.write_config({"a": 1})
+    assert run.differences({"a": 2}) == {"a": (1, 2)}
+    (tmp_path / "config.yaml").unlink()
+    run.write_rows([ROW])
+    with pytest.raises(ValueError, match=r"has no config\.yaml, so nothing tells .* \(rows\.jsonl\)"):
+        run.differences({"a": 1})
+
+
+def test_a_run_killed_in_its_first_write_can_be_started_again(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.0123abcd.part").write_text("{")
+    assert RunDirectory.create(tmp_path, label="again").label == "again"
+
+
 def test_a_folder_with_a_run_is_refused_and_stays(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run", label="first").write_rows([ROW])
     with pytest.raises(FileExistsError, match=r"'.*run' already holds a run .*pass overwrite=True \(--overwrite\)"):

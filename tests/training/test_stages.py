@@ -48,6 +48,28 @@ def test_counts_of_a_resumed_run_cover_all_of_it(setting, tmp_path: Path) -> Non
         train(TrainConfig(**given), resume=True)
 
 
+@pytest.mark.slow
+def test_steps_after_the_last_log_of_a_stage_are_counted_after_a_resume(setting) -> None:
+    """Three steps, a log after the second: the last one's pictures are in the stage's checkpoint too."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if Path(args.output_dir).name == "full":
+                raise KeyboardInterrupt
+
+    def counts() -> dict[str, int]:
+        found = json.loads((Path(config.out) / "run.json").read_text())["counts"]
+        return {name: value for name, value in found.items() if name.startswith("projector: ")}
+
+    config = TrainConfig(**{**setting, "trainer": {**setting["trainer"], "logging_steps": 2}, "full": FULL})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Stops()])
+    before = counts()
+    assert before["projector: visual tokens"] == 4 * before["projector: pictures"] >= 4 * 10
+    train(config, resume=True)
+    assert counts() == before
+
+
 class Weights(TrainerCallback):
     """λ and the head at the start of each stage."""
 

@@ -206,6 +206,30 @@ def test_a_run_without_any_picture_stops_at_the_end(tmp_path):
         train(attached(), tmp_path, text, batch=4, max_steps=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("inject", [False, True], ids=["mixin", "inject"])
+def test_a_resumed_run_is_not_dead_for_what_it_did_not_see(tmp_path, inject):
+    """The rest of a run, text alone or no step at all; but a dead loss is found in it as in any other."""
+    text = [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(4)]
+    data = [*samples()[2:6], *text]  # two steps an epoch
+
+    def trainer(max_steps: int, **settings: Any) -> Any:
+        model, _ = llava_clip_llama()
+        handle = keepsight.attach(model, inject=inject)
+        own: Any = {"cls": InOrder, "callbacks": [handle]} if inject else {}
+        return make_trainer(model, tmp_path, data, batch=4, max_steps=max_steps, **own, **settings)
+
+    trainer(2, save_strategy="steps", save_steps=1).train()
+    first, last = str(tmp_path / "checkpoint-1"), str(tmp_path / "checkpoint-2")
+    assert trainer(2).train(resume_from_checkpoint=last).global_step == 2  # nothing is left
+    assert trainer(2).train(resume_from_checkpoint=first).global_step == 2  # text alone is left
+    dead = trainer(3)
+    dead.create_optimizer()
+    keepsight.handle_of(dead.model).head.requires_grad_(False)
+    with pytest.raises(keepsight.DeadLossError, match="head is frozen"):
+        dead.train(resume_from_checkpoint=last)
+
+
 def test_text_only_steps_before_the_first_picture_do_not_stop_it(tmp_path):
     text = [{"ids": [1, 20, 21, 22 + i], "pixel_values": None} for i in range(4)]
     trainer, _ = train(attached(), tmp_path, [*text, *samples()], batch=4, max_steps=3)

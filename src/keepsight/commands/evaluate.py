@@ -265,6 +265,8 @@ def _open(config: EvaluateConfig) -> Any:
                 + (f"was started with other settings ({changes})" if changes else f"is a {run.kind} run")
                 + ". Use the command it was started with, or choose another folder."
             )
+        if not (run.path / "config.yaml").is_file():  # stopped before it was written
+            run.write_config(config)
         return run
     run = RunDirectory.create(config.out, label=label, kind="evaluation")
     run.write_config(config)

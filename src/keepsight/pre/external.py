@@ -65,6 +65,7 @@ class ExternalEncoder:
         self.side = self.grid * patch
         self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)
         self.deviation = torch.tensor(processor.image_std).view(3, 1, 1)
+        self.kind = model.config.model_type
         self.model: nn.Module = model.eval().requires_grad_(False)
         self.width = self._try()
         self.initial = fingerprint(model)
@@ -73,7 +74,7 @@ class ExternalEncoder:
     @torch.no_grad()
     def _try(self) -> int:
         """The channels of the layer, found by one forward of a blank picture, in which all else is checked."""
-        asked = f"anchor_layer is {self.layer} and anchor_model {self.name!r} ({self.model.config.model_type})"
+        asked = f"anchor_layer is {self.layer} and anchor_model {self.name!r} ({self.kind})"
         pixels = torch.zeros(1, 3, self.side, self.side, device=next(self.model.parameters()).device)
         try:
             states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states

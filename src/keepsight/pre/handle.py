@@ -71,6 +71,7 @@ class Handle(OfModel, ProofOfLife):
         core.add_module(HEAD, predictors)
         setattr(core, HANDLE, self)
         self._alive = not config.active
+        self._resumed = False
         predictors.register_load_state_dict_post_hook(self._restore_steps)
         self._hooks = self._forward.hook(self._find_predictors)
         steps.watch(self)

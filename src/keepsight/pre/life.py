@@ -139,6 +139,7 @@ class ProofOfLife(TrainerCallback):
     def on_train_begin(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: another training has another optimizer, so life must be proven again."""
         self._alive = not self.config.active
+        self._resumed = state is not None and state.global_step > 0
         self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
         if self.inject and getattr(args, "fp16", False):
             raise ValueError(
@@ -157,8 +158,11 @@ class ProofOfLife(TrainerCallback):
             self.stepped()
 
     def on_train_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: a whole run without one picture is no run with PRe."""
-        if not self._alive_anywhere():
+        """Trainer callback: a whole run without one picture is no run with PRe.
+
+        One that resumed shows only a part of itself, and one that took no step shows nothing: neither is called dead.
+        """
+        if not self._alive_anywhere() and not self._resumed and state.global_step > 0:
             raise DeadLossError(
                 "training ended and not one batch held a picture, so predictive regularization did nothing. Check the "
                 "data, or set weight=0."

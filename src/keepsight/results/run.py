@@ -31,7 +31,7 @@ from keepsight.results.measurement import Measurement, read_rows, write_rows
 from keepsight.results.per_image import PerImage, read_per_image, write_per_image
 from keepsight.results.points import Point, read_points, write_points
 from keepsight.results.provenance import command_line, prompt_hash, versions
-from keepsight.results.staging import room
+from keepsight.results.staging import entries, room
 from keepsight.results.storage import make_folder, to_json, write_file
 from keepsight.results.thumbnails import read_thumbnails, write_thumbnails
 
@@ -192,9 +192,22 @@ class RunDirectory:
         return write_file(self.path / "config.yaml", text)
 
     def differences(self, config: Any) -> dict[str, tuple[Any, Any]]:
-        """Where `config` is not the configuration that config.yaml holds: dotted name → (value there, value now)."""
+        """Where `config` is not the configuration that config.yaml holds: dotted name → (value there, value now).
+
+        A run that was stopped before it wrote config.yaml holds nothing else either, and differs in nothing.
+
+        Raises:
+            ValueError: config.yaml is missing, and the run holds other files.
+        """
         file = self.path / "config.yaml"
-        there = _flat(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        if not file.is_file():
+            if others := [name for name in entries(self.path) if name != RUN_FILE]:
+                raise ValueError(
+                    f"'{self.path}' has no config.yaml, so nothing tells with which settings its files "
+                    f"({', '.join(others[:3])}) were made: put it back, or choose another folder"
+                )
+            return {}
+        there = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         now = _flat(_plain(config))
         names = dict.fromkeys([*there, *now])
         return {name: (there.get(name), now.get(name)) for name in names if there.get(name) != now.get(name)}

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from keepsight.results.storage import make_folder, storage_error
+from keepsight.results.storage import HALF, make_folder, storage_error
 
 STAGE = ".keepsight-"  # start of the name of a folder that holds what is not whole yet
 
 
 def entries(path: Path) -> list[str]:
-    """What a folder holds, stages aside; nothing where there is no folder."""
+    """What a folder holds, stages and what a killed process left of a file aside; nothing where there is no folder."""
     content = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    return [name for name in content if not name.startswith(STAGE)]
+    return [name for name in content if not name.startswith(STAGE) and not HALF.fullmatch(name)]
 
 
 @contextmanager

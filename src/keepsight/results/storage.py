@@ -7,9 +7,12 @@ that a full disk or a killed process never leaves half a file under the final na
 import errno
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
+
+HALF = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # name of a file while `write_file` writes it
 
 
 class StorageError(OSError):

@@ -211,4 +211,4 @@ def _agree(trainer: Trainer, dataset: ConversationDataset) -> None:
 def _found(trainer: KeepsightTrainer, dataset: ConversationDataset) -> dict[str, Any]:
     """What the run has found out so far about the data, in all processes (each must call this)."""
     _agree(trainer, dataset)
-    return {"entries": dataset.states.clone(), "totals": dict(trainer.pre_totals)}
+    return {"entries": dataset.states.clone(), "totals": trainer.read_totals()}

@@ -159,10 +159,16 @@ class PReTrainerMixin(_Trainer):
         if not self._pre_log.steps:
             return {}
         logs = self._pre_log.read(self.accelerator)
-        for name in self.pre_totals:
-            self.pre_totals[name] += round(logs[f"pre_{name}"] * self._pre_log.steps)
+        self.pre_totals = self._totals_with(logs)
         self._pre_log = _Running()
         return logs
+
+    def read_totals(self) -> dict[str, int]:
+        """`pre_totals` and what came since the last log, which stays to be logged; every process must call it."""
+        return self._totals_with(self._pre_log.read(self.accelerator)) if self._pre_log.steps else dict(self.pre_totals)
+
+    def _totals_with(self, logs: dict[str, float]) -> dict[str, int]:
+        return {name: n + round(logs[f"pre_{name}"] * self._pre_log.steps) for name, n in self.pre_totals.items()}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; counts optimizer steps for the log."""
