@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
-from transformers import TrainerState
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback, TrainerState
 
 from keepsight import FidelityCallback
 from keepsight.diagnosis.monitor import RIDGE, RunningRidge
@@ -111,11 +112,61 @@ def test_in_a_trainer_without_pre(tmp_path):
     assert len(model.model._forward_pre_hooks) == len(twin.model._forward_pre_hooks)
 
 
-def test_it_can_stand_before_the_trackers(tmp_path):
+class Tracker(TrainerCallback):
+    """Reads logs as TensorBoard's does, which `report_to` puts before the user's callbacks."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append({name for name in logs if name.startswith("sight_")})
+
+
+def test_trackers_get_its_numbers_and_a_training_that_raised_leaves_nothing_behind(tmp_path):
     model, _ = llava_clip_llama()
-    trainer = make_trainer(model, tmp_path, samples(), InOrder, batch=4)
-    callback = FidelityCallback().add_to(trainer)
-    assert trainer.callback_handler.callbacks[0] is callback
+    hooks = len(model.model._forward_pre_hooks)
+    tracker, after, callback = Tracker(), Tracker(), FidelityCallback(every=1, dimensions=8)
+    data = [samples()[0], {"ids": [], "pixel_values": None}]  # the second cannot be collated into a batch
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        train_with(model, tmp_path, data, [tracker, callback, after])
+    train_with(model, tmp_path, samples()[:2], [tracker, callback, after])
+    expected = {f"sight_{name}" for name in ("homogeneity", "homogeneity_input", "dimension", "dimension_input")}
+    assert tracker.seen[-3] == after.seen[-3]  # of two steps and the closing log
+    assert expected <= tracker.seen[-3]
+    assert len(model.model._forward_pre_hooks) == hooks
+
+
+def train_with(model, path, data, callbacks):
+    make_trainer(model, path, data, InOrder, batch=1, max_steps=2, callbacks=callbacks).train()
+
+
+def test_a_training_without_pictures_is_told_at_the_end(tmp_path):
+    model, _ = llava_clip_llama()
+    with pytest.warns(UserWarning, match="logged nothing: no training forward of 2 steps had a picture"):
+        train_with(model, tmp_path, samples()[1:2] * 2, [FidelityCallback(every=1)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*logged nothing")
+        train_with(model, tmp_path, samples()[:2], [FidelityCallback(every=1)])
+
+
+@pytest.mark.slow
+def test_the_compiler_sees_the_model_and_not_the_watch():
+    found = []
+    for callback in (None, FidelityCallback(dimensions=8)):
+        model, batch = llava_clip_llama()
+        model.train()
+        if callback is not None:
+            callback.on_train_begin(None, None, None, model=model)
+            callback.on_step_begin(None, TrainerState(), None)
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(model, backend="eager")(**batch)
+        found.append((counters["stats"]["unique_graphs"], counters["stats"]["calls_captured"]))
+    assert callback is not None
+    assert [row["sight_homogeneity"] > -1 for row in callback.history] == [True]
+    (bare, calls), (graphs, watched_calls) = found
+    assert bare <= graphs <= bare + 4
+    assert calls <= watched_calls <= calls + 20
 
 
 @pytest.mark.parametrize("values", [{"every": 0}, {"dimensions": 0}, {"warn_drop": 0.0}])

@@ -18,6 +18,8 @@ from transformers import (
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -200,6 +202,36 @@ def test_an_encoder_whose_weights_are_missing_is_refused(dino, tmp_path):
         {k: v for k, v in weights.items() if "layer.1." not in k}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(ValueError, match=r"lacks the weights of .*partly random"):
+        ExternalEncoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("layer", [3, 99, -4])
+def test_a_layer_that_the_encoder_does_not_have_is_refused_at_attach(dino, layer):
+    model, _ = llava_clip_llama()
+    said = rf"anchor_layer is {layer} and anchor_model '.*' \(dinov2\), which gives 3 hidden states: .* 2, or from -3"
+    with pytest.raises(ValueError, match=said):
+        keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino), anchor_layer=layer))
+    assert keepsight.handle_of(model) is None
+    for end in (-3, 2):
+        assert ExternalEncoder(str(dino), end).width == WIDTH
+
+
+def test_an_encoder_without_a_token_for_each_patch_is_refused_at_attach(tmp_path):
+    """Swin merges four patches into one token from stage to stage, and widens them."""
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    SwinModel(config).save_pretrained(tmp_path)
+    BitImageProcessor(crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    model, _ = llava_clip_llama()
+    said = r"anchor_model '.*' \(swin\), whose hidden state there has shape \(1, 16, 16\).* each of the 8 × 8 patches"
+    with pytest.raises(ValueError, match=said):
+        keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(tmp_path)))
+    assert ExternalEncoder(str(tmp_path), 0).width == 8  # before the first merge there is one, narrower than the last
+
+
+def test_a_picture_size_that_the_encoder_does_not_take_is_refused_at_attach(tmp_path):
+    CLIPVisionModel(CLIPVisionConfig(**SHAPE)).save_pretrained(tmp_path)
+    BitImageProcessor(crop_size={"height": 2 * SIDE, "width": 2 * SIDE}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(clip_vision_model\), which does not take a picture of 24 × 24"):
         ExternalEncoder(str(tmp_path))
 
 

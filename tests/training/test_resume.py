@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from keepsight.training.checkpoints import WEIGHTS, latest
-from keepsight.training.record import read_curves
+from keepsight.training.config import TrainConfig
+from keepsight.training.record import read_curves, reopen, start
 from tests.tiny_processors import save_llava
 from tests.training.test_conversations import entry
 
@@ -168,3 +169,13 @@ def test_a_half_is_no_checkpoint(tmp_path):
     assert latest(tmp_path) == whole
     (whole / "complete.json").unlink()
     assert latest(tmp_path) is None
+
+
+def test_another_number_of_processes_is_refused(setting, monkeypatch):
+    config = TrainConfig(**setting)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    start(config)
+    assert reopen(config).info["processes"] == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="was started with 2 processes and cannot go on with 4: give as many"):
+        reopen(config)

@@ -8,6 +8,7 @@ fitted to, and nothing is kept that grows.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from keepsight.diagnosis.spectrum import participation_ratio
 from keepsight.diagnosis.structure import Groups, structure
@@ -60,9 +62,9 @@ class RunningRidge:
 class FidelityCallback(TrainerCallback):
     """Logs how much of the visual input a layer still holds, every `every` optimizer steps, from the training batches.
 
-    For HF `Trainer` and its subclasses (TRL): ``callbacks=[FidelityCallback()]``, or
-    ``FidelityCallback().add_to(trainer)`` so that trackers such as TensorBoard get the numbers too (they read a log
-    before later callbacks can add to it).
+    For HF `Trainer` and its subclasses (TRL): ``callbacks=[FidelityCallback()]``. When training begins it goes before
+    the trainer's other callbacks, so that trackers such as TensorBoard get its numbers too. With several processes the
+    logged numbers are the first one's, of its own pictures.
 
     Logged with the trainer's next log: ``sight_fidelity`` (R² of the layer's prediction of the input, scored before it
     learns from the batch), ``sight_homogeneity`` and ``sight_homogeneity_input`` (mean cosine between the tokens of a
@@ -78,6 +80,9 @@ class FidelityCallback(TrainerCallback):
     Raises:
         ValueError: for a number out of range; at the start of training, for a model or layer that `Vlm` refuses; at the
             first look, for several GPUs in one process.
+
+    Warns:
+        UserWarning: once, when fidelity falls; at the end of a training in which no forward had a picture.
     """
 
     def __init__(
@@ -103,21 +108,19 @@ class FidelityCallback(TrainerCallback):
         self._ridge = RunningRidge()
         self._pending: dict[str, float] = {}
         self._hooks: list[Any] = []
-        self._wanted = self._warned = False
+        self._wanted = self._warned = self._looked = False
         self._tokens: ImageTokens | None = None
         self._index: Tensor | None = None
         self._input: Tensor | None = None
         self._projection: Tensor | None = None
 
-    def add_to(self, trainer: Any) -> FidelityCallback:
-        """Add to a trainer before its trackers."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        return self
-
     # ---- what the trainer calls ------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Put the hooks on."""
+        """Put the hooks on, and go before the trackers, which read a log as it is when they get it."""
+        self._take_off()  # those of a training that raised: Trainer tells its callbacks nothing of that
+        self._go_first()
+        self._wanted = self._looked = False
         self._vlm = Vlm(model)
         self._index_of_layer = self._vlm.resolve_layer(self.layer)
         if self._index_of_layer == 0:
@@ -142,12 +145,33 @@ class FidelityCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off."""
+        self._take_off()
+        if self._wanted and not self._looked:
+            warnings.warn(
+                f"FidelityCallback logged nothing: no training forward of {state.global_step} steps had a picture. Do "
+                "the batches carry pixels and image tokens?",
+                stacklevel=2,
+            )
+
+    def _take_off(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
+    def _go_first(self) -> None:
+        # Trainer gives a callback no way to the others but to be called by what holds them.
+        frame = inspect.currentframe()
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+                handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+                return
+            frame = frame.f_back
+
     # ---- one look --------------------------------------------------------------------------------------------------
 
+    # As in PRe's hooks: a compiler that traces what asks the data takes longer over it than over the model.
+    @torch.compiler.disable
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._tokens = None
         if not (self._wanted and module.training and torch.is_grad_enabled()):
@@ -156,7 +180,7 @@ class FidelityCallback(TrainerCallback):
         batch = self._vlm.bind(args, kwargs)
         tokens = self._vlm.image_tokens(batch)
         if tokens.n_images:
-            self._wanted = False
+            self._wanted, self._looked = False, True
             self._tokens = tokens
             self._index = self._vlm.visual_mask(batch["input_ids"]).flatten().nonzero(as_tuple=True)[0]
 
@@ -176,6 +200,7 @@ class FidelityCallback(TrainerCallback):
             return
         self.look(given, self._gather(hidden_states_out(output)), tokens)
 
+    @torch.compiler.disable
     def look(self, given: Tensor, held: Tensor, tokens: ImageTokens) -> dict[str, float]:
         """Compare the visual tokens at the input and at the layer, both [T, d]; returns the numbers to log."""
         projection = self._project(given)

@@ -24,7 +24,7 @@ class PReConfig:
         layer_weights: one a layer, scaled to sum to 1; None = equal.
         cascade: with several layers, each predicts the detached states of the one below it, and the lowest the anchor.
         weight: λ of ``L = L_LM + λ L_PRe``. 0 leaves training exactly as it is without PRe.
-        warmup_steps: optimizer steps over which λ rises linearly from 0.
+        warmup_steps: optimizer steps, counted over all stages, over which λ rises linearly from 0.
         decay_steps: optimizer steps, after the warm-up, over which λ falls linearly to 0; None = it stays.
         anchor: what is predicted. "pre_llm": the visual tokens at the decoder's input (the paper's). "pre_projector":
             the projector's input, averaged over the patches of a token. "encoder": the same from the encoder as it
@@ -34,8 +34,9 @@ class PReConfig:
         anchor_layer: for "external": which of its hidden states.
         anchor_decay: for "moving_average": share of the average that stays at an optimizer step.
         control: what the anchor is replaced by, to tell its information from the head's capacity. "other_image": the
-            anchor at the same place of another picture of the global batch; "shuffled_patches": the picture's own,
-            in another order; "random": constant random vectors, one a place.
+            anchor at the same place of the next picture of the micro-batch, over all processes, or of the previous
+            picture where it holds only one (so accumulating changes the anchors); "shuffled_patches": the picture's
+            own, in another order; "random": constant random vectors, one a place.
         granularity: "patch" (the paper's), "global" (the mean over a picture) or "relational" (the cosines between the
             patches of a picture).
         distance: "cosine" (the paper's), "mse" (to the anchor standardised over its channels) or "infonce" (which of

@@ -31,7 +31,8 @@ class ExternalEncoder:
         layer: which of its hidden states; -1 = the last, before any final norm or pooling of the model.
 
     Raises:
-        ValueError: weights are missing from the checkpoint, so that part of the encoder would be random.
+        ValueError: weights are missing from the checkpoint, so that part of the encoder would be random; a layer that
+            it does not have; hidden states that do not hold a token for each patch of a square grid (Swin, ConvNeXt).
     """
 
     def __init__(self, name: str, layer: int = -1) -> None:
@@ -64,10 +65,36 @@ class ExternalEncoder:
         self.side = self.grid * patch
         self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)
         self.deviation = torch.tensor(processor.image_std).view(3, 1, 1)
-        self.width = int(config.hidden_size)
         self.model: nn.Module = model.eval().requires_grad_(False)
+        self.width = self._try()
         self.initial = fingerprint(model)
         self._centres: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def _try(self) -> int:
+        """The channels of the layer, found by one forward of a blank picture, in which all else is checked."""
+        asked = f"anchor_layer is {self.layer} and anchor_model {self.name!r} ({self.model.config.model_type})"
+        pixels = torch.zeros(1, 3, self.side, self.side, device=next(self.model.parameters()).device)
+        try:
+            states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{asked}, which does not take a picture of {self.side} × {self.side} and give its hidden states "
+                f"({error}); an external anchor needs a vision model that does."
+            ) from error
+        count = len(states or ())
+        if not -count <= self.layer < count:
+            raise ValueError(
+                f"{asked}, which gives {count} hidden states: choose one from 0 (what enters its first layer) to "
+                f"{count - 1}, or from -{count} to -1, counted from the end."
+            )
+        shape = tuple(states[self.layer].shape)
+        if len(shape) != 3 or shape[1] < self.grid**2:
+            raise ValueError(
+                f"{asked}, whose hidden state there has shape {shape}; an external anchor needs [1, tokens, channels] "
+                f"with a token for each of the {self.grid} × {self.grid} patches, as DINOv2, CLIP, SigLIP and ViT have."
+            )
+        return int(shape[2])
 
     def prepare(self, images: list[Image.Image], processor: Any, vlm: Vlm) -> dict[str, Tensor]:
         """What a batch must carry: pixels ``[n, 3, side, side]`` and token centres ``[T, 2]`` (x, y in 0 … 1)."""

@@ -21,12 +21,12 @@ from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen
 from keepsight.vlm.features import before_decoder
 from keepsight.vlm.grids import ImageTokens
-from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, refuse_replica
+from keepsight.vlm.view import OfModel, Vlm, hidden_states_in, hidden_states_out, refuse_replica
 
 ANCHOR = "anchor"  # the name of the target that is no layer
 
 
-class ForwardPass:
+class ForwardPass(OfModel):
     """The hooks of PRe and what they leave behind.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from keepsight.pre import steps
 from keepsight.pre.config import PReConfig
@@ -17,13 +18,13 @@ from keepsight.pre.head import PredictionHead, Predictors
 from keepsight.pre.layers import resolve_layers
 from keepsight.pre.life import ProofOfLife
 from keepsight.pre.sight import Seen, Sight
-from keepsight.vlm.view import Vlm
+from keepsight.vlm.view import OfModel, Vlm
 
 HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names in checkpoints
 HANDLE = "_keepsight_handle"  # the attribute of the model that holds it
 
 
-class Handle(ProofOfLife):
+class Handle(OfModel, ProofOfLife):
     """Predictive Regularization at work on one model; made by `attach`.
 
     After every training forward, `loss` is ``λ · L_PRe`` of that forward, in the autograd graph. Under ``eval()``,
@@ -41,6 +42,11 @@ class Handle(ProofOfLife):
     """
 
     def __init__(self, model: nn.Module, config: PReConfig, *, inject: bool = False) -> None:
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "the model is wrapped in DistributedDataParallel, which would not see the head and leave it different "
+                "in every process: attach to the model itself, then wrap it."
+            )
         self.vlm = Vlm(model)
         self.config = config
         self.inject = inject
@@ -54,6 +60,7 @@ class Handle(ProofOfLife):
             )
         self.images_in_step: int | None = None
         self.accumulation = 1
+        self._copied: Any = None
         self._forward: ForwardPass = ForwardPass(
             self.vlm, config, self.layers, shares, inject=inject, coefficient=self._injected_coefficient
         )
@@ -80,6 +87,11 @@ class Handle(ProofOfLife):
         module: Any = getattr(self.vlm.core, HEAD)
         if hasattr(module, "modules_to_save"):  # PEFT trains and saves a copy
             module = module.modules_to_save[module.active_adapters[0]]
+            if (
+                module is not self._copied
+            ):  # with its averages; and adapters between pixels and decoder learn from now on
+                self._copied, self._forward.source.teacher = module, module.teacher
+                module.teacher = self._forward.source.follow()
         return module
 
     @property
@@ -94,7 +106,8 @@ class Handle(ProofOfLife):
 
     def _restore_steps(self, predictors: Any, *_: Any) -> None:
         # A number of our own beside the buffer, because reading the buffer makes the device wait.
-        self._forward.step = int(predictors.steps)
+        if predictors is self._find_predictors():  # and not what PEFT keeps of before
+            self._forward.step = int(predictors.steps)
 
     @property
     def weight(self) -> float:
@@ -210,7 +223,8 @@ class Handle(ProofOfLife):
     def follow(self) -> None:
         """Look again at what learns, after freezing or unfreezing: anchors that remember the encoder or projector must
         remember what has begun to learn, as it is now. Before the optimizer is built."""
-        self.predictors.teacher = self._forward.source.follow()
+        predictors = self.predictors
+        predictors.teacher = self._forward.source.follow()
 
     def peft(self, config: Any) -> Any:
         """A copy of a PEFT configuration with which the head stays trainable and is saved with the adapter.
@@ -235,7 +249,7 @@ class Handle(ProofOfLife):
         self._forward.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         steps.watch(self)
 
     def __enter__(self) -> Handle:

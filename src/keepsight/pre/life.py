@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,6 +126,15 @@ class ProofOfLife(TrainerCallback):
             observe=self.config.observe,
         )
         self._alive = True
+
+    def on_step_begin(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: an injected gradient must know the step's micro-batches; an epoch's last may have fewer."""
+        wanted, loader = getattr(args, "gradient_accumulation_steps", 1), kwargs.get("train_dataloader")
+        if isinstance(loader, Sized) and len(loader):
+            updates = -(-len(loader) // wanted)
+            last = state.global_step % updates == updates - 1
+            wanted = len(loader) - (updates - 1) * wanted if last else wanted
+        self.accumulation = wanted
 
     def on_train_begin(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: another training has another optimizer, so life must be proven again."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from keepsight.pre.float32 import Float32Module
-from keepsight.vlm.features import before_decoder, image_features
+from keepsight.vlm.features import before_decoder, image_features, plain_name
 from keepsight.vlm.view import Vlm
 
 
@@ -27,13 +27,13 @@ class Teacher(Float32Module):
 
     def hold(self, vlm: Vlm) -> None:
         """Begin to hold, as they are now, the parameters that learn and are not held yet."""
-        for name, parameter in before_decoder(vlm):
+        for name, (_, parameter) in _own(vlm).items():
             if parameter.requires_grad and name not in self.names:
                 self.register_buffer(f"average_{len(self.names)}", parameter.detach().clone().float())
                 self.names.append(name)
 
     def averages(self) -> dict[str, Tensor]:
-        """Parameter name in the core → its float32 average."""
+        """Parameter name in the core, as before any wrapping → its float32 average."""
         return {name: self.get_buffer(f"average_{number}") for number, name in enumerate(self.names)}
 
     @torch.no_grad()
@@ -41,16 +41,21 @@ class Teacher(Float32Module):
         """End of an optimizer step."""
         if self.decay == 1:
             return
-        averages, own = self.averages(), dict(before_decoder(vlm))
-        for name, average in averages.items():
-            average.lerp_(own[name].detach().float(), 1 - self.decay)
+        own = _own(vlm)
+        for name, average in self.averages().items():
+            average.lerp_(own[name][1].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def image_features(self, vlm: Vlm, batch: dict[str, Any]) -> Tensor:
         """``[T, d]``, what the averaged weights put at the visual positions."""
-        own = dict(before_decoder(vlm))
-        weights = {f"core.{name}": average.to(own[name].dtype) for name, average in self.averages().items()}
+        own = _own(vlm)
+        weights = {f"core.{own[name][0]}": average.to(own[name][1].dtype) for name, average in self.averages().items()}
         return functional_call(_Features(vlm), weights, (batch,))
+
+
+def _own(vlm: Vlm) -> dict[str, tuple[str, nn.Parameter]]:
+    """The model's parameters by their names before any wrapping, each with its present name."""
+    return {plain_name(name): (name, parameter) for name, parameter in before_decoder(vlm)}
 
 
 class _Features(nn.Module):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keepsight.processes import world_size
 from keepsight.results import RunDirectory
 from keepsight.training.arguments import STAGES
 from keepsight.training.checkpoints import remove_halves
@@ -34,6 +35,7 @@ def start(config: TrainConfig) -> RunDirectory:
         kind="training",
     )
     run.write_config(config)
+    run.update(processes=world_size())
     return run
 
 
@@ -41,13 +43,19 @@ def reopen(config: TrainConfig) -> RunDirectory:
     """The run to go on with.
 
     Raises:
-        ValueError: if it was started with another configuration.
+        ValueError: if it was started with another configuration or number of processes.
     """
     run = RunDirectory.open(config.out)
     if changed := changes(run, config):
         raise ValueError(
             f"'{config.out}' was started with another configuration ({changed}). Go on with the recipe and flags it "
             "was started with (its config.yaml), or train into another folder."
+        )
+    now = world_size()
+    if (before := run.info.get("processes", now)) != now:  # each has its own pictures and random states
+        raise ValueError(
+            f"'{config.out}' was started with {before} processes and cannot go on with {now}: give as many as before "
+            "(torchrun --nproc_per_node), or train into another folder."
         )
     for name in config.stages():
         remove_halves(run.path / STAGES / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from keepsight.vlm.grids import ImageTokens, resampled
 from keepsight.vlm.newlines import NEWLINE_TILES, newline_tokens, packed
-from keepsight.vlm.view import Vlm
+from keepsight.vlm.view import OfModel, Vlm
 
 # Where families keep the module between encoder and decoder.
 _PROJECTORS = ("multi_modal_projector", "multimodal_projector", "connector", "aligner", "embed_vision", "mm_projector")
@@ -41,7 +42,7 @@ def projector_of(vlm: Vlm) -> nn.Module:
     )
 
 
-class ProjectorInput:
+class ProjectorInput(OfModel):
     """What the projector is given at each forward: the vision encoder's output.
 
     Attributes:
@@ -52,7 +53,7 @@ class ProjectorInput:
     """
 
     def __init__(self, vlm: Vlm) -> None:
-        self._vlm = vlm
+        self.vlm = vlm
         self._given: Tensor | None = None
         self.hook = projector_of(vlm).register_forward_pre_hook(self._take, with_kwargs=True)
 
@@ -68,15 +69,21 @@ class ProjectorInput:
         """
         assert self._given is not None, "the projector did not run"
         given, self._given = self._given, None
-        return on_token_grid(self._vlm, given, tokens, batch)
+        return on_token_grid(self.vlm, given, tokens, batch)
 
 
 def before_decoder(vlm: Vlm) -> Iterator[tuple[str, nn.Parameter]]:
     """The core's parameters between pixels and decoder (encoder, projector), by their names in the core."""
     decoder = {id(parameter) for parameter in vlm.decoder.parameters()}
     for name, parameter in vlm.core.named_parameters():
-        if id(parameter) not in decoder and not name.startswith("keepsight_head."):
+        aside = name.startswith("keepsight_head.") or ".original_module." in name  # of PEFT, which uses its copy
+        if id(parameter) not in decoder and not aside:
             yield name, parameter
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as it was before PEFT wrapped its module."""
+    return re.sub(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)", "", name)
 
 
 def image_features(vlm: Vlm, batch: dict[str, Any]) -> Tensor:

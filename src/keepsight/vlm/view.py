@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -164,6 +165,28 @@ class Vlm:
 
     def __repr__(self) -> str:
         return f"Vlm(family={self.family!r}, depth={self.depth}, width={self.width})"
+
+
+class OfModel:
+    """Something with hooks on a model, copied together with it.
+
+    A copy of a part of the model keeps to this one: PEFT makes one of each module that it is to save, which would carry
+    along everything that its hooks lead to, the whole model among it.
+    """
+
+    vlm: Vlm
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self.vlm.core) not in memo:
+            return self
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        state: Any = copy.deepcopy(self.__getstate__(), memo)
+        made.__setstate__(state)
+        return made
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 def refuse_replica(module: nn.Module) -> None:
