@@ -165,7 +165,7 @@ def test_the_compiler_sees_the_model_and_not_the_watch():
     assert callback is not None
     assert [row["sight_homogeneity"] > -1 for row in callback.history] == [True]
     (bare, calls), (graphs, watched_calls) = found
-    assert bare <= graphs <= bare + 4
+    assert bare <= graphs <= bare + 2
     assert calls <= watched_calls <= calls + 20
 
 

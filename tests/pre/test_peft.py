@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import keepsight
@@ -88,3 +89,13 @@ def test_a_model_wrapped_for_ddp_is_refused():
             keepsight.attach(wrapped)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("own", [None, ["multi_modal_projector"]])
+def test_an_adapter_saved_after_detach_does_not_know_the_head(own, tmp_path):
+    wrapped, handle, _ = attached(DECODER | {"modules_to_save": own}, first=True)
+    handle.detach()
+    wrapped.save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).modules_to_save == own
+    assert not any("keepsight" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    peft.PeftModel.from_pretrained(llava_clip_llama()[0], tmp_path)

@@ -112,6 +112,7 @@ class FidelityCallback(TrainerCallback):
         self._tokens: ImageTokens | None = None
         self._index: Tensor | None = None
         self._input: Tensor | None = None
+        self._output: Tensor | None = None
         self._projection: Tensor | None = None
 
     # ---- what the trainer calls ------------------------------------------------------------------------------------
@@ -129,6 +130,7 @@ class FidelityCallback(TrainerCallback):
             self._vlm.core.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._vlm.layers[0].register_forward_pre_hook(self._take_input, with_kwargs=True),
             self._vlm.layers[self._index_of_layer - 1].register_forward_hook(self._take_layer),
+            self._vlm.core.register_forward_hook(self._finish),
         ]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -173,7 +175,7 @@ class FidelityCallback(TrainerCallback):
     # As in PRe's hooks: a compiler that traces what asks the data takes longer over it than over the model.
     @torch.compiler.disable
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tokens = None
+        self._tokens = self._input = self._output = None
         if not (self._wanted and module.training and torch.is_grad_enabled()):
             return
         refuse_replica(module)
@@ -192,15 +194,18 @@ class FidelityCallback(TrainerCallback):
         if self._tokens is not None:
             self._input = self._gather(hidden_states_in(args, kwargs))
 
-    @torch.no_grad()
     def _take_layer(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        tokens, given = self._tokens, self._input
-        self._tokens = self._input = None  # a layer that checkpointing computes again finds nothing to do
-        if tokens is None or given is None:
-            return
-        self.look(given, self._gather(hidden_states_out(output)), tokens)
+        if self._tokens is not None:  # looked at later: a look here would cut a compiled decoder into its layers
+            self._output = hidden_states_out(output).detach()
 
     @torch.compiler.disable
+    @torch.no_grad()
+    def _finish(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        tokens, given, held = self._tokens, self._input, self._output
+        self._tokens = self._input = self._output = None  # layers that checkpointing computes again find nothing to do
+        if tokens is not None and given is not None and held is not None:
+            self.look(given, self._gather(held), tokens)
+
     def look(self, given: Tensor, held: Tensor, tokens: ImageTokens) -> dict[str, float]:
         """Compare the visual tokens at the input and at the layer, both [T, d]; returns the numbers to log."""
         projection = self._project(given)

@@ -246,6 +246,10 @@ class Handle(OfModel, ProofOfLife):
         if getattr(self.vlm.core, HANDLE, None) is self:
             delattr(self.vlm.core, HEAD)
             delattr(self.vlm.core, HANDLE)
+            for config in getattr(self.vlm.base, "peft_config", {}).values():  # what `peft` put there would be saved
+                kept = [name for name in getattr(config, "modules_to_save", None) or [] if name != HEAD]
+                if hasattr(config, "modules_to_save"):
+                    config.modules_to_save = kept or None
         self._forward.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
