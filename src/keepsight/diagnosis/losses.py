@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -46,7 +47,7 @@ class Block:
         return (share.view(p, n, r * c).transpose(1, 2) @ self.features).view(p, r, c, -1), squares
 
 
-class Problems:
+class Problems(ABC):
     """p × r problems in the eigenbasis: penalty and mean square of each of the D coordinates, both [p, r, 1, D].
 
     Parameters are [p, r, C, D]. `start`, then `towards` a direction and `trial` after `trial` along it, give losses
@@ -61,18 +62,21 @@ class Problems:
         self.spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[:, :, None]
         self.n, self.classes = n, classes
 
+    @abstractmethod
     def start(self, parameters: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The loss at the parameters."""
 
+    @abstractmethod
     def towards(self, parameters: Tensor, direction: Tensor) -> None:
-        raise NotImplementedError
+        """The line that trials are along; the parameters are those of the last trial."""
 
+    @abstractmethod
     def trial(self, step: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The loss so many directions [p, r] along."""
 
+    @abstractmethod
     def _sums(self) -> tuple[Tensor, Tensor]:
         """`Block.gradient` over all pictures, where the last trial was."""
-        raise NotImplementedError
 
     def keep(self, rows: Tensor, columns: Tensor) -> None:
         self.ridge, self.spread = self.ridge[rows][:, columns], self.spread[rows][:, columns]

@@ -133,13 +133,13 @@ def fit_probes(
         n, d = len(split.train), first.shape[1]
         if streams(n, d):
             start += 1
-            found = fit_streamed(first, targets, targets[0], split, l2, len(names))
+            found = fit_streamed(first, targets, split, l2, len(names))
         else:
             together = together or max(1, layers_memory(device) // bytes_per_layer(n, d, len(names), len(grid)))
             chunk = layers[start + 1 : start + together]
             start += 1 + len(chunk)
             # Nothing here holds on to the features, which `fit` lets go of early.
-            found = fit(_stacked([first, *map(read, chunk)], device), targets, targets[0], split, l2, len(names))
+            found = fit(_stacked([first, *map(read, chunk)], device), targets, split, l2, len(names))
         for kind, outcome in zip(fits, found, strict=True):
             kind.append(outcome)
     (validation, strength, correct), (_, _, control) = (

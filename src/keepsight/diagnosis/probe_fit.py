@@ -89,12 +89,12 @@ def _scale(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30)).float()
 
 
-def fit(x: Tensor, targets: Sequence[Tensor], truth: Tensor, split: Split, l2: Tensor, classes: int) -> list[Fit]:
-    """A probe of each of P layers, for each of the targets (class indices [n]); all data on one device.
+def fit(x: Tensor, targets: Sequence[Tensor], split: Split, l2: Tensor, classes: int) -> list[Fit]:
+    """A probe of each of P layers, for each of the targets; all data on one device.
 
     Args:
         x: [P, n, d] features.
-        truth: [n] class indices that the test is scored by.
+        targets: class indices [n] to learn; the first are the true ones, which every test is scored by.
         l2: [R] strengths, of which validation chooses one.
     """
     z = standardise(x, split.train)
@@ -102,25 +102,16 @@ def fit(x: Tensor, targets: Sequence[Tensor], truth: Tensor, split: Split, l2: T
     known, train = basis(z[:, split.train]), split.train
     together = max(1, STRENGTHS_MEMORY // (len(z) * _bytes_per_strength(len(train), z.shape[2], classes)))
 
+    def solved(target: Tensor, some: Tensor) -> Solution:
+        return solve(z[:, train], target[train], some, classes, known=known)
+
     def predict(rows: np.ndarray, weights: Tensor, intercept: Tensor) -> Tensor:
         return _predict(z[:, rows], weights, intercept)
 
-    return [
-        _outcome(
-            [solve(z[:, train], target[train], some, classes, known=known) for some in l2.split(together)],
-            predict,
-            target,
-            truth,
-            split,
-            l2,
-        )
-        for target in targets
-    ]
+    return [_outcome(solved, predict, target, targets[0], split, l2, together) for target in targets]
 
 
-def fit_streamed(
-    x: Features, targets: Sequence[Tensor], truth: Tensor, split: Split, l2: Tensor, classes: int
-) -> list[Fit]:
+def fit_streamed(x: Features, targets: Sequence[Tensor], split: Split, l2: Tensor, classes: int) -> list[Fit]:
     """The same for one layer whose features [n, d] never are in memory together."""
     d = x.shape[1]
     together = min(len(l2), max(1, STRENGTHS_MEMORY // _bytes_per_strength(0, d, classes)))
@@ -136,22 +127,16 @@ def fit_streamed(
         for block, part in read(split.train):
             yield (block - mean) * scale, target[part]
 
+    known = streamed_basis(partial(blocks, targets[0]))
+
+    def solved(target: Tensor, some: Tensor) -> Solution:
+        return solve_streamed(partial(blocks, target), some, classes, known=known)
+
     def predict(rows: np.ndarray, weights: Tensor, intercept: Tensor) -> Tensor:
         found = [_predict(((block - mean) * scale)[None], weights, intercept) for block, _ in read(rows)]
         return torch.cat(found, dim=2)
 
-    known = streamed_basis(partial(blocks, truth))
-    return [
-        _outcome(
-            [solve_streamed(partial(blocks, target), some, classes, known=known) for some in l2.split(together)],
-            predict,
-            target,
-            truth,
-            split,
-            l2,
-        )
-        for target in targets
-    ]
+    return [_outcome(solved, predict, target, targets[0], split, l2, together) for target in targets]
 
 
 def _moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -167,14 +152,19 @@ def _moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _outcome(
-    parts: Sequence[Solution],
+    solved: Callable[[Tensor, Tensor], Solution],
     predict: Callable[[np.ndarray, Tensor, Tensor], Tensor],
     target: Tensor,
     truth: Tensor,
     split: Split,
     l2: Tensor,
+    together: int,
 ) -> Fit:
-    """Validation accuracy and strength of the best fit, and whether its test answers are right."""
+    """Validation accuracy and strength of the best fit, and whether its test answers are right.
+
+    together: strengths solved at a time.
+    """
+    parts = [solved(target, some) for some in l2.split(together)]
     weights, intercept = (
         torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("weights", "intercept")
     )
