@@ -39,14 +39,14 @@ def picture(index: int, side: int = 64) -> tuple[Image.Image, np.ndarray]:
 
 
 def overhead(shape: str, pairs: int) -> bool:
-    from keepsight.diagnosis.batches import Loader
-    from keepsight.diagnosis.data import find_pictures
-    from keepsight.diagnosis.fidelity import Fidelity
-    from keepsight.diagnosis.lens import Lens, readout
+    from keepsight.diagnosis.collect.batches import Loader
+    from keepsight.diagnosis.collect.passes import SAMPLE, EncoderOutput, forward, measure, run_batch
+    from keepsight.diagnosis.data.pictures import find_pictures
     from keepsight.diagnosis.maps import similarity_maps
-    from keepsight.diagnosis.passes import SAMPLE, EncoderOutput, forward, measure, run_batch
-    from keepsight.diagnosis.probe import fit_probes
-    from keepsight.diagnosis.similarity import Similarity
+    from keepsight.diagnosis.metrics.fidelity import Fidelity
+    from keepsight.diagnosis.metrics.lens import Lens, readout
+    from keepsight.diagnosis.metrics.similarity import Similarity
+    from keepsight.diagnosis.probes.probe import fit_probes
     from keepsight.diagnosis.summary import image_rows, spectrum_rows
     from keepsight.results import PerImageBuilder
     from keepsight.vlm import Vlm

@@ -23,9 +23,9 @@ from _models import build
 from _timing import ratio_of
 from capture import BATCH, picture
 
-from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.data import find_pictures
-from keepsight.diagnosis.passes import measure
+from keepsight.diagnosis.collect.batches import Loader
+from keepsight.diagnosis.collect.passes import measure
+from keepsight.diagnosis.data.pictures import find_pictures
 from keepsight.processes import Team, barrier, team
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt

@@ -33,11 +33,11 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from keepsight.diagnosis.batches import Decoded, Loader
-from keepsight.diagnosis.data import find_pictures
-from keepsight.diagnosis.passes import measure
-from keepsight.diagnosis.probe import L2_GRID, fit_probes, stratified_split
-from keepsight.diagnosis.record import Seen
+from keepsight.diagnosis.collect.batches import Decoded, Loader
+from keepsight.diagnosis.collect.passes import measure
+from keepsight.diagnosis.collect.record import Seen
+from keepsight.diagnosis.data.pictures import find_pictures
+from keepsight.diagnosis.probes.probe import L2_GRID, fit_probes, stratified_split
 from keepsight.diagnosis.summary import image_rows, spectrum_rows
 from keepsight.results import PerImageBuilder
 from keepsight.vlm import Vlm

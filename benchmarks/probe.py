@@ -13,9 +13,9 @@ import torch
 from _timing import finish, ratio_of, seconds, verdict
 from sklearn.linear_model import LogisticRegression
 
-from keepsight.diagnosis.logistic import Solution, objective, solve
-from keepsight.diagnosis.probe import L2_GRID
-from keepsight.diagnosis.probe_fit import standardise
+from keepsight.diagnosis.probes.fit import standardise
+from keepsight.diagnosis.probes.logistic import Solution, objective, solve
+from keepsight.diagnosis.probes.probe import L2_GRID
 
 LAYERS, PICTURES, WIDTH, CLASSES, PAIRS = 6, 1200, 576, 10, 3
 

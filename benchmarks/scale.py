@@ -4,7 +4,7 @@
 
 Prints the sizes for 10,000, 50,000 and 1,281,167 pictures (docs/metrics.md holds them), then fits the probe of one
 layer of 512 channels, 125 classes and 3,750 pictures, in memory and block by block: peak memory above the features
-against the formula of `diagnosis/probe_fit.py`. Bounds: at most a quarter above the formula, and the same answers to 1
+against the formula of `diagnosis/probes/fit.py`. Bounds: at most a quarter above the formula, and the same answers to 1
 in 200.
 """
 
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from _timing import finish, memory_of_process, reset_peak, seconds
 
-from keepsight.diagnosis import probe_fit
-from keepsight.diagnosis.passes import SAMPLE
-from keepsight.diagnosis.probe import L2_GRID, fit_probes
-from keepsight.diagnosis.spectrum import GROUPS
+from keepsight.diagnosis.collect.passes import SAMPLE
+from keepsight.diagnosis.metrics.spectrum import GROUPS
+from keepsight.diagnosis.probes import fit
+from keepsight.diagnosis.probes.probe import L2_GRID, fit_probes
 
 LAYERS, WIDTH, CLASSES = 33, 4096, 1000
 SCALED = 8
@@ -31,7 +31,7 @@ def on_paper(pictures: int) -> None:
         "mean tokens, on disk": 4 * LAYERS * WIDTH * pictures,
         "sample of tokens, on disk": 4 * LAYERS * WIDTH * sampled,
         "covariance of a layer, in memory": (4 * GROUPS + 8) * WIDTH**2,
-        "probe of a layer, in memory": probe_fit.bytes_together(round(0.6 * pictures), WIDTH, CLASSES, len(L2_GRID)),
+        "probe of a layer, in memory": fit.bytes_together(round(0.6 * pictures), WIDTH, CLASSES, len(L2_GRID)),
     }
     print(f"{LAYERS} layers × {WIDTH}, {CLASSES} classes, {pictures:,} pictures:")
     for name, size in sizes.items():
@@ -49,9 +49,9 @@ def scaled_down() -> bool:
     names = [f"class {i}" for i in labels.tolist()]
     found, held = [], []
     print(f"{width} channels, {classes} classes, {n} pictures, a layer with its control:")
-    for how, most, block in (("block by block", 1, 16 << 20), ("in memory", probe_fit.FEATURES_MEMORY, 0)):
-        probe_fit.FEATURES_MEMORY, probe_fit.BLOCK = most, block
-        formula = probe_fit.bytes_together(round(0.6 * n), width, classes, len(L2_GRID)) / 2**20
+    for how, most, block in (("block by block", 1, 16 << 20), ("in memory", fit.FEATURES_MEMORY, 0)):
+        fit.FEATURES_MEMORY, fit.BLOCK = most, block
+        formula = fit.bytes_together(round(0.6 * n), width, classes, len(L2_GRID)) / 2**20
         reset_peak()
         before = memory_of_process("VmRSS")
         taken = seconds(lambda: found.append(fit_probes(lambda layer: x, [0], names)))

@@ -9,7 +9,7 @@ once for all layers, as in a diagnosis. Bound: 15 times.
 import torch
 from _timing import finish, paired, ratio_of, verdict
 
-from keepsight.diagnosis.structure import Groups, Structure, structure
+from keepsight.diagnosis.metrics.structure import Groups, Structure, structure
 
 TOKENS, LAYERS, WIDTH, OBJECTS = 576, 33, 4096, 5
 

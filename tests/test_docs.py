@@ -112,6 +112,8 @@ def test_the_tree_of_the_readme_is_the_repository() -> None:
     files = {path.name for path in package.glob("[!_]*.py")}
     assert set(re.findall(r"(?<![\w/])(\w+)/(?=\s)", inside)) == folders
     assert set(re.findall(r"(\w+\.py)", inside)) == files
+    rooms = {path.parent.name for path in (package / "diagnosis").glob("*/__init__.py")}
+    assert set(re.findall(r"diagnosis/(\w+)", inside)) == rooms
     named = re.findall(r"(?<![\w/])([\w/]+/|\w+\.md)(?= |:|$)", f"recipes/{outside}", re.MULTILINE)
     assert len(named) > 8
     assert all((ROOT / name).exists() or (ROOT / "docs" / name).exists() for name in named)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import keepsight
-from keepsight.diagnosis.probe import fit_probes
+from keepsight.diagnosis.probes.probe import fit_probes
 from keepsight.vlm import Vlm
 from keepsight.vlm.capture import capture
 from keepsight.vlm.view import hidden_states_out

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from keepsight.diagnosis import diagnose
-from keepsight.diagnosis.data import find_pictures
+from keepsight.diagnosis.data.pictures import find_pictures
 from keepsight.images import ImageError
 from tests.diagnosis.world import SIDE, picture, tiny_llava
 

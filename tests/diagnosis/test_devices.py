@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.diagnosis.batch import Batch
-from keepsight.diagnosis.breakdown import object_rows
-from keepsight.diagnosis.calibrate import Calibration
-from keepsight.diagnosis.fidelity import Fidelity
-from keepsight.diagnosis.lens import top_and_entropy, top_tokens
-from keepsight.diagnosis.similarity import Similarity
+from keepsight.diagnosis.collect.accumulate import Accumulator
+from keepsight.diagnosis.collect.batch import Batch
+from keepsight.diagnosis.collect.calibrate import Calibration
+from keepsight.diagnosis.metrics.breakdown import object_rows
+from keepsight.diagnosis.metrics.fidelity import Fidelity
+from keepsight.diagnosis.metrics.lens import top_and_entropy, top_tokens
+from keepsight.diagnosis.metrics.similarity import Similarity
 from keepsight.diagnosis.summary import image_rows, spectrum_rows, target_rows
 from keepsight.results import Measurement, PerImageBuilder
 from tests.elsewhere import DEVICE, Accelerator

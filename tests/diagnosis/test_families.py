@@ -18,13 +18,13 @@ from PIL import Image
 from scipy import ndimage
 
 from keepsight.diagnosis import DEFAULT_PROMPT, Diagnosis, diagnose
-from keepsight.diagnosis.probe import fit_probes
-from keepsight.diagnosis.similarity import Similarity
+from keepsight.diagnosis.metrics.similarity import Similarity
+from keepsight.diagnosis.probes.probe import fit_probes
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.features import ProjectorInput
 from tests import tiny, tiny_processors
-from tests.diagnosis.test_bleeding import naive as naive_bleeding
+from tests.diagnosis.metrics.test_bleeding import naive as naive_bleeding
 from tests.diagnosis.world import states_alone
 from tests.families import idefics2, llava_next
 

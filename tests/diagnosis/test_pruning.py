@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from keepsight.diagnosis import diagnose
-from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.data import find_pictures
+from keepsight.diagnosis.collect.batches import Loader
+from keepsight.diagnosis.data.pictures import find_pictures
 from keepsight.diagnosis.pruning import _pooled
 from keepsight.vlm import Vlm, capture
 from keepsight.vlm.chat import render_prompt, special_tokens

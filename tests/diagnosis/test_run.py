@@ -10,11 +10,11 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
 from keepsight.diagnosis import Diagnosis, diagnose
-from keepsight.diagnosis.baselines import split_images
-from keepsight.diagnosis.data import find_pictures
-from keepsight.diagnosis.ridge import TEST, TRAIN
+from keepsight.diagnosis.data.pictures import find_pictures
+from keepsight.diagnosis.metrics.baselines import split_images
+from keepsight.diagnosis.metrics.ridge import TEST, TRAIN
 from keepsight.results import RunDirectory
-from tests.diagnosis.test_structure import pairwise
+from tests.diagnosis.metrics.test_structure import pairwise
 from tests.diagnosis.world import LAYERS, TOKENS, WIDTH, picture, states_alone, tiny_llava, write_world
 from tests.tiny import gemma
 
@@ -113,7 +113,7 @@ def test_probes_find_the_colour_and_the_default_sample_agrees(result, world, par
 
 
 def test_sample_of_tokens_is_near_all_of_them(world, parts, result, monkeypatch):
-    monkeypatch.setattr("keepsight.diagnosis.passes.SAMPLE", 500)
+    monkeypatch.setattr("keepsight.diagnosis.collect.passes.SAMPLE", 500)
     sampled = diagnose(*parts, world[0], progress=False, calibration_images=24)
     row, full = (value(r, "entropy_rank", 2, "covariance") for r in (sampled, result))
     assert 400 < row.n < 600

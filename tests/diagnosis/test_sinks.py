@@ -9,11 +9,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from keepsight.diagnosis import summary
-from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.diagnosis.batch import Batch
-from keepsight.diagnosis.calibrate import LayerCalibration
-from keepsight.diagnosis.probe import L2_GRID, fit_probes, stratified_split
-from keepsight.diagnosis.similarity import Similarity
+from keepsight.diagnosis.collect.accumulate import Accumulator
+from keepsight.diagnosis.collect.batch import Batch
+from keepsight.diagnosis.collect.calibrate import LayerCalibration
+from keepsight.diagnosis.metrics.similarity import Similarity
+from keepsight.diagnosis.probes.probe import L2_GRID, fit_probes, stratified_split
 from keepsight.results import PerImageBuilder
 
 IMAGES, CLASSES, TOKENS, WIDTH, BATCH = 150, 3, 16, 12, 7
@@ -170,9 +170,9 @@ def test_probe_reads_what_the_sinks_hid(probes, kept_means):
 
 
 def test_block_by_block_is_the_same(accumulator, probes, monkeypatch):
-    monkeypatch.setattr("keepsight.diagnosis.probe_fit.FEATURES_MEMORY", 1)
-    monkeypatch.setattr("keepsight.diagnosis.mean_tokens.BLOCK", 16)
-    monkeypatch.setattr("keepsight.diagnosis.probe_fit.BLOCK", 1 << 16)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.FEATURES_MEMORY", 1)
+    monkeypatch.setattr("keepsight.diagnosis.collect.mean_tokens.BLOCK", 16)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.BLOCK", 1 << 16)
     rows = summary.target_rows(accumulator, {"kind": LABELS}, range(IMAGES), EACH, PerImageBuilder(NAMES), seed=4)
     for row in rows:
         if row.metric == "probe_accuracy" and not row.variant:

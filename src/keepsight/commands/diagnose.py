@@ -180,7 +180,7 @@ def read_labels(
         FileNotFoundError: if the file does not exist.
         ValueError: if it is not UTF-8 or not {"label set": {"picture": "label"}}, or names pictures that are not there.
     """
-    from keepsight.diagnosis.data import find_pictures
+    from keepsight.diagnosis.data.pictures import find_pictures
 
     file = Path(path)
     if not file.is_file():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from keepsight.diagnosis.data import Pictures
+from keepsight.diagnosis.data.pictures import Pictures
 from keepsight.results import Example
 from keepsight.results.maps import SimilarityMap
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.lens import Readout, top_tokens
-from keepsight.diagnosis.passes import forward
+from keepsight.diagnosis.collect.batches import Loader
+from keepsight.diagnosis.collect.passes import forward
+from keepsight.diagnosis.metrics.lens import Readout, top_tokens
 from keepsight.results.maps import COMPONENTS, SimilarityMap, compress
 from keepsight.vlm import Vlm
 from keepsight.vlm.geometry import patch_centres

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from keepsight.diagnosis.spectrum import participation_ratio
-from keepsight.diagnosis.structure import Groups, structure
+from keepsight.diagnosis.metrics.spectrum import participation_ratio
+from keepsight.diagnosis.metrics.structure import Groups, structure
 from keepsight.vlm.grids import ImageTokens
 from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, refuse_replica
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from keepsight.diagnosis.fidelity import OTHER, PLACE
-from keepsight.diagnosis.probe import SHUFFLED
-from keepsight.diagnosis.similarity import PERMUTED
+from keepsight.diagnosis.metrics.fidelity import OTHER, PLACE
+from keepsight.diagnosis.metrics.similarity import PERMUTED
+from keepsight.diagnosis.probes.probe import SHUFFLED
 from keepsight.results import Measurement
 from keepsight.vlm import Vlm
 from keepsight.vlm.features import before_decoder

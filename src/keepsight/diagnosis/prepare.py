@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from keepsight.diagnosis.probe import stratified_split
+from keepsight.diagnosis.probes.probe import stratified_split
 from keepsight.vlm import Vlm
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.passes import device_of, forward
-from keepsight.diagnosis.probe import fit_probes, wilson
+from keepsight.diagnosis.collect.batches import Loader
+from keepsight.diagnosis.collect.passes import device_of, forward
+from keepsight.diagnosis.probes.probe import fit_probes, wilson
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.summary import too_small
 from keepsight.results import Measurement, PerImageBuilder

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.breakdown import object_rows
-from keepsight.diagnosis.fidelity import Fidelity
-from keepsight.diagnosis.lens import Lens, NoLensError, Readout, readout
-from keepsight.diagnosis.passes import on_device
+from keepsight.diagnosis.collect.accumulate import Accumulator
+from keepsight.diagnosis.collect.batches import Loader
+from keepsight.diagnosis.collect.passes import on_device
+from keepsight.diagnosis.metrics.breakdown import object_rows
+from keepsight.diagnosis.metrics.fidelity import Fidelity
+from keepsight.diagnosis.metrics.lens import Lens, NoLensError, Readout, readout
+from keepsight.diagnosis.metrics.similarity import Similarity
 from keepsight.diagnosis.progress import tracked
-from keepsight.diagnosis.similarity import Similarity
 from keepsight.diagnosis.summary import image_rows, missing_structure, spectrum_rows, target_rows
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm

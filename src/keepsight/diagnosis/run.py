@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from keepsight.diagnosis.batches import DEFAULT_PROMPT, Loader
-from keepsight.diagnosis.data import find_pictures
+from keepsight.diagnosis.collect.batches import DEFAULT_PROMPT, Loader
+from keepsight.diagnosis.data.pictures import find_pictures
+from keepsight.diagnosis.data.selection import select
 from keepsight.diagnosis.examples import open_examples
 from keepsight.diagnosis.nulls import RANDOM, wanted_nulls
 from keepsight.diagnosis.prepare import check_labels, check_settings, chosen_layers, initial_encoder
 from keepsight.diagnosis.pruning import check_prunings
 from keepsight.diagnosis.result import Diagnosis
 from keepsight.diagnosis.rows import DEFAULT_METRICS, MASKED, wanted_metrics
-from keepsight.diagnosis.selection import select
 from keepsight.diagnosis.study import Study
 from keepsight.processes import team as team_of
 from keepsight.vlm import Vlm

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keepsight.diagnosis.accumulate import Accumulator
-from keepsight.diagnosis.batches import Loader
-from keepsight.diagnosis.data import Pictures
+from keepsight.diagnosis.collect.accumulate import Accumulator
+from keepsight.diagnosis.collect.batches import Loader
+from keepsight.diagnosis.collect.kept import TAKEN, open_kept
+from keepsight.diagnosis.collect.passes import measure
+from keepsight.diagnosis.data.pictures import Pictures
 from keepsight.diagnosis.examples import choose_examples
-from keepsight.diagnosis.kept import TAKEN, open_kept
 from keepsight.diagnosis.maps import similarity_maps
 from keepsight.diagnosis.nulls import RANDOM, RANDOM_WEIGHTS, as_null, random_weights
-from keepsight.diagnosis.passes import measure
 from keepsight.diagnosis.pruning import pruning_rows
 from keepsight.diagnosis.rows import all_rows, open_lens
 from keepsight.diagnosis.summary import too_small

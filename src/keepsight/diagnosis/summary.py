@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from keepsight.diagnosis.accumulate import COLUMNS, SCOPES, Accumulator
-from keepsight.diagnosis.mean_tokens import RowsWithoutSinks
-from keepsight.diagnosis.probe import fit_probes, probe_rows
+from keepsight.diagnosis.collect.accumulate import COLUMNS, SCOPES, Accumulator
+from keepsight.diagnosis.collect.mean_tokens import RowsWithoutSinks
+from keepsight.diagnosis.collect.store import StoredRows
+from keepsight.diagnosis.metrics.spectrum import spectrum
+from keepsight.diagnosis.probes.probe import fit_probes, probe_rows
 from keepsight.diagnosis.progress import tracked
-from keepsight.diagnosis.spectrum import spectrum
-from keepsight.diagnosis.store import StoredRows
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.results.intervals import Estimate, mean_interval, ratio_shares
 

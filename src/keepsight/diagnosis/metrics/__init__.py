@@ -1,0 +1,1 @@
+"""What each number is: structure, bleeding, spectrum, similarity, fidelity, lens. Definitions: docs/metrics.md."""

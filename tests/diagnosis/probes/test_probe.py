@@ -1,0 +1,255 @@
+"""Probes against scikit-learn, planted layers and the shuffled-label control."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from keepsight.diagnosis.probes.fit import standardise
+from keepsight.diagnosis.probes.logistic import objective, solve, solve_streamed, streamed_basis
+from keepsight.diagnosis.probes.probe import (
+    L2_GRID,
+    drop_with_interval,
+    fit_probes,
+    probe_rows,
+    stratified_split,
+    wilson,
+)
+from tests.elsewhere import DEVICE, Accelerator
+
+GRID = (1e-4, 1e-2, 1.0)
+
+
+def features(layers: int, n: int, d: int, classes: int, signal: float, seed: int = 0):
+    """Badly conditioned features, the classes apart by `signal`: [P, n, d], labels [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    centres = signal * torch.randn(layers, classes, d, generator=generator)
+    mixing = torch.randn(layers, d, d, generator=generator) * torch.logspace(0, -2, d)[:, None]
+    return (torch.randn(layers, n, d, generator=generator) + centres[:, y]) @ mixing + 3.0, y
+
+
+@pytest.mark.parametrize(("n", "d", "signal"), [(240, 30, 0.1), (90, 120, 0.3), (60, 400, 0.02)])
+def test_equals_scikit_learn_in_objective_and_predictions(n, d, signal):
+    x, y = features(2, 2 * n, d, 4, signal)
+    z = standardise(x, np.arange(n))
+    found = solve(z[:, :n], y[:n], torch.tensor(GRID), 4)
+    ours = objective(z[:, :n], y[:n], torch.tensor(GRID), found.weights, found.intercept)
+    torch.testing.assert_close(ours, found.objective, rtol=1e-4, atol=1e-7)
+    for p in range(2):
+        scaler = StandardScaler().fit(x[p, :n].double())
+        np.testing.assert_allclose(z[p], scaler.transform(x[p].double()), atol=1e-4)
+        for r, l2 in enumerate(GRID):
+            data = z[p].double().numpy()
+            oracle = LogisticRegression(C=1 / (n * l2), tol=1e-7, max_iter=5000).fit(data[:n], y[:n])
+            theirs = objective(
+                z[p : p + 1, :n],
+                y[:n],
+                torch.tensor([l2]),
+                torch.tensor(oracle.coef_.T)[None, None],
+                torch.tensor(oracle.intercept_)[None, None],
+            )
+            assert ours[p, r].item() == pytest.approx(theirs.item(), rel=1e-3)
+            guess = (z[p, n:] @ found.weights[p, r] + found.intercept[p, r]).argmax(dim=1).numpy()
+            accuracy, expected = (guess == y[n:].numpy()).mean(), oracle.score(data[n:], y[n:])
+            assert accuracy == pytest.approx(expected, abs=2.5 / n)  # the odd tie may fall the other way
+
+
+def test_many_problems_together_equal_each_alone():
+    x, y = features(3, 80, 20, 3, 0.2)
+    z = standardise(x, np.arange(80))
+    together = solve(z, y, torch.tensor(GRID), 3, tolerance=1e-7)
+    for p in range(3):
+        alone = solve(z[p : p + 1], y, torch.tensor(GRID[1:2]), 3, tolerance=1e-7)
+        torch.testing.assert_close(together.weights[p, 1], alone.weights[0, 0], atol=2e-3, rtol=1e-2)
+
+
+def planted(n: int = 400, seed: int = 0):
+    """Layer 0 and 1 show the class, layer 2 in part, layer 3 not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [f"class {i % 4}" for i in range(n)]
+    onehot = torch.nn.functional.one_hot(torch.arange(n) % 4, 16).float()
+    noise = torch.randn(4, n, 16, generator=generator)
+    layers = noise + torch.tensor([9.0, 9.0, 1.5, 0.0])[:, None, None] * onehot
+    return layers, labels
+
+
+def test_planted_layers():
+    layers, labels = planted()
+    probe = fit_probes(lambda layer: layers[layer], range(4), labels, seed=1)
+    rows = [row for row, _ in probe_rows(probe, target="class", middle=2, seed=1)]
+    accuracy = {r.layer: r for r in rows if r.metric == "probe_accuracy" and not r.variant}
+    assert accuracy[0].value == accuracy[1].value == 1.0
+    assert 0.4 < accuracy[2].value < 0.9
+    assert accuracy[3].value == pytest.approx(0.25, abs=0.12)
+    assert accuracy[0].n == 80
+    (chance,) = [r for r in rows if r.metric == "probe_chance"]
+    assert chance.value == 0.25
+    (drop,) = [r for r in rows if r.metric == "probe_drop"]
+    assert drop.value == pytest.approx((1 - accuracy[2].value) / 0.75)
+    assert drop.layer == 2
+    assert 0 < drop.low < drop.value < drop.high < 1
+    (worst,) = [r for r in rows if r.metric == "probe_worst_layer"]
+    assert worst.layer == 3
+    assert worst.value == pytest.approx((1 - accuracy[3].value) / 0.75)
+    assert {r.seed for r in rows} == {1}
+
+
+def test_shuffled_labels_are_at_chance():
+    layers, labels = planted(n=800)
+    runs = [fit_probes(lambda layer: layers[layer], [0], labels, seed=seed) for seed in range(5)]
+    assert np.mean([run.shuffled for run in runs]) == pytest.approx(0.25, abs=0.05)  # 800 answers
+    assert np.mean([run.correct for run in runs]) == 1.0
+
+
+@pytest.mark.parametrize("bound", ["MEMORY", "STRENGTHS_MEMORY"])
+def test_memory_bound_does_not_change_the_result(monkeypatch, bound):
+    layers, labels = planted()
+    together = fit_probes(lambda layer: layers[layer], range(4), labels)
+    sizes = []
+
+    def counted(x, y, l2, classes, known):
+        sizes.append((len(x), len(l2)))
+        return solve(x, y, l2, classes, known=known)
+
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.solve", counted)
+    monkeypatch.setattr(f"keepsight.diagnosis.probes.fit.{bound}", 1)
+    one_by_one = fit_probes(lambda layer: layers[layer], range(4), labels)
+    np.testing.assert_array_equal(together.correct, one_by_one.correct)
+    np.testing.assert_array_equal(together.l2, one_by_one.l2)
+    assert set(sizes) == {(1, len(L2_GRID)) if bound == "MEMORY" else (4, 1)}
+
+
+def test_nothing_to_lose_gives_no_drop():
+    layers, labels = planted()
+    probe = fit_probes(lambda layer: layers[3 - layer], range(4), labels)
+    ((drop, each),) = [r for r in probe_rows(probe, target="", middle=2, seed=0) if r[0].metric == "probe_drop"]
+    assert each is None
+    assert drop.value is None
+    assert "is not above chance (0.250), so there is nothing to lose" in drop.note
+
+
+def test_split_is_stratified_disjoint_and_seeded():
+    labels = ["a"] * 50 + ["b"] * 10 + ["c"] * 2
+    split = stratified_split(labels, 0)
+    everything = np.concatenate([split.train, split.validation, split.test])
+    assert sorted(everything) == list(range(62))
+    counts = [
+        [sum(labels[i] == name for i in part) for name in "abc"] for part in (split.train, split.validation, split.test)
+    ]
+    assert counts == [[30, 6, 1], [10, 2, 0], [10, 2, 1]]
+    np.testing.assert_array_equal(split.test, stratified_split(labels, 0).test)
+    assert split.test.tolist() != stratified_split(labels, 1).test.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (["cat", "cat", "cat", "dog"], r"class 'dog' has one picture \(1 such classes\); a probe needs at least two"),
+        (["cat"] * 5, r"at least two classes; got \['cat'\]"),
+        (["cat", "cat", "dog", "dog"], "no class has three pictures"),
+    ],
+)
+def test_too_few_pictures(labels, text):
+    with pytest.raises(ValueError, match=text):
+        stratified_split(labels, 0)
+
+
+def test_wilson_by_hand():
+    # z = 1.96, 8 of 10: (0.8 + 0.19207) / 1.38415 ± 1.96 / 1.38415 · sqrt(0.016 + 0.009604)
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_paired_bootstrap_is_narrower_than_unpaired_and_covers():
+    generator = np.random.default_rng(0)
+    first = generator.random(500) < 0.9
+    layer = first & (generator.random(500) < 0.8)
+    majority = np.arange(500) % 5 == 0
+    value, low, high = drop_with_interval(first, layer, majority, seed=0)
+    assert value == pytest.approx((first.mean() - layer.mean()) / (first.mean() - majority.mean()))
+    assert low < value < high
+    unpaired = drop_with_interval(first, generator.permutation(layer), majority, seed=0)
+    assert high - low < unpaired[2] - unpaired[1]
+
+
+def test_constant_features_are_ignored():
+    layers, labels = planted()
+    with_constant = torch.cat([layers, torch.full((4, 400, 3), 1e4)], dim=2)
+    a = fit_probes(lambda layer: layers[layer], range(4), labels)
+    b = fit_probes(lambda layer: with_constant[layer], range(4), labels)
+    np.testing.assert_array_equal(a.correct, b.correct)
+
+
+class OnDisk:
+    """Features of which only a few rows may be asked for at once."""
+
+    def __init__(self, x: torch.Tensor, most: int) -> None:
+        self.x, self.most, self.shape, self.asked = x, most, x.shape, 0
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        assert len(rows) <= self.most
+        self.asked += len(rows)
+        return self.x[rows]
+
+
+@pytest.mark.parametrize("strengths_memory", [2 << 30, 1])
+def test_a_layer_read_block_by_block_answers_alike(monkeypatch, strengths_memory):
+    layers, labels = planted(n=400)
+    layers[:, :, 3] = 2.5  # a constant feature
+    layers[1] = layers[2] * torch.logspace(-3, 3, 16) + 1e3  # large means and badly conditioned
+    layers[2] += 0.05 * torch.arange(400)[:, None]  # blocks of different means
+    whole = fit_probes(lambda layer: layers[layer], range(4), labels, seed=3)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.FEATURES_MEMORY", 1)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.STRENGTHS_MEMORY", strengths_memory)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.BLOCK", 20_000)
+    stored = {layer: OnDisk(layers[layer], 60) for layer in range(4)}
+    streamed = fit_probes(stored.__getitem__, range(4), labels, seed=3)
+    for name in ("correct", "shuffled"):
+        assert (getattr(whole, name) != getattr(streamed, name)).mean() < 0.01, name
+    np.testing.assert_array_equal(whole.l2, streamed.l2)
+    np.testing.assert_allclose(whole.validation, streamed.validation, atol=0.013)  # one of 80 pictures
+    assert stored[0].asked > 10 * 240  # a pass a step
+
+
+def test_block_by_block_solves_scikit_learns_problem():
+    n, d = 300, 30
+    x, y = features(1, n, d, 4, 0.1)
+    z = standardise(x, np.arange(n))[0]
+    known = streamed_basis(lambda: ((z[i : i + 70], y[i : i + 70]) for i in range(0, n, 70)))
+    blocks = partial(zip, z.split(110), y.split(110))
+    found = solve_streamed(blocks, torch.tensor(GRID), 4, known=known)
+    ours = objective(z[None], y, torch.tensor(GRID), found.weights, found.intercept)[0]
+    torch.testing.assert_close(ours, found.objective[0], rtol=1e-4, atol=1e-7)
+    for r, l2 in enumerate(GRID):
+        oracle = LogisticRegression(C=1 / (n * l2), tol=1e-7, max_iter=5000).fit(z.double().numpy(), y)
+        theirs = objective(
+            z[None],
+            y,
+            torch.tensor([l2]),
+            torch.tensor(oracle.coef_.T)[None, None],
+            torch.tensor(oracle.intercept_)[None, None],
+        )
+        assert ours[r].item() == pytest.approx(theirs.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("features_memory", [4 << 30, 1])
+def test_probes_keep_to_their_device(monkeypatch, features_memory):
+    layers, labels = planted(n=120)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.FEATURES_MEMORY", features_memory)
+    expected = fit_probes(lambda layer: layers[layer], range(4), labels)
+    with Accelerator():
+        found = fit_probes(lambda layer: layers[layer], range(4), labels, device=DEVICE)
+    np.testing.assert_array_equal(found.correct, expected.correct)
+    np.testing.assert_array_equal(found.l2, expected.l2)
+
+
+def test_a_mixture_of_devices_would_be_seen():
+    with Accelerator():
+        there = torch.ones(3, device=DEVICE)
+        assert float((there * 2.0).sum()) == 6.0
+        with pytest.raises(AssertionError, match="mixes tensors of the accelerator"):
+            there + torch.ones(3)
