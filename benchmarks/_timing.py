@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import t as student
@@ -20,6 +23,9 @@ from threadpoolctl import threadpool_limits
 
 torch.set_num_threads(1)
 threadpool_limits(1)  # NumPy's own threads, which would spin and be counted
+
+Turn = Callable[[], None]  # called between two pieces of work: the other side's turn
+Work = Callable[[Turn], Any]
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,42 @@ def paired(
             slow_times.append(seconds(slow))
             fast_times.append(seconds(fast))
     return slow_times, fast_times
+
+
+def alternating(slow: Work, fast: Work, pairs: int) -> tuple[list[float], list[float]]:
+    """As `paired`, for work that can stop midway: both sides run at once, in threads of which one works at a time, and
+    hand over to each other wherever they call their `Turn`. A drift of the machine within a pair hits both alike."""
+    took = [_in_turns(slow, fast) for _ in range(pairs)]
+    return [pair[0] for pair in took], [pair[1] for pair in took]
+
+
+def _in_turns(*works: Work) -> list[float]:
+    times, working, start = [0.0, 0.0], [True, True], now()
+    may_work = [threading.Semaphore(1), threading.Semaphore(0)]
+
+    def hand_over(me: int) -> None:
+        nonlocal start
+        times[me] += now() - start
+        other_works = working[1 - me]
+        start = now()
+        if other_works:
+            may_work[1 - me].release()
+            if working[me]:
+                may_work[me].acquire()
+
+    def side(me: int) -> None:
+        torch.set_num_threads(1)  # a setting of each thread
+        may_work[me].acquire()
+        try:
+            works[me](lambda: hand_over(me))
+        finally:
+            working[me] = False
+            hand_over(me)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(side, me) for me in (0, 1)]:
+            done.result()
+    return times
 
 
 def memory_of_process(field: str) -> float:

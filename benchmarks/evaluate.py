@@ -7,6 +7,7 @@ is what one would write: open the picture, chat template, processor, `generate`,
 keepsight also checks and scores every answer and writes it to its journal. The tiny shape is the hard one: a question
 takes so little time that everything beside the model counts. Bounds, on the lower end of the interval: 0.97 times the
 questions a second of the plain loop, and of lmms-eval's wrapper for LLaVA (`llava_hf`) where lmms-eval is installed.
+Both sides take turns at every question, so that what else the machine does hits them alike.
 What batches gain over one at a time has no bound: a CPU is busy with one question already.
 """
 
@@ -14,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from _models import SHAPES, build
-from _timing import finish, now, paired, ratio_of, seconds, verdict
+from _timing import Turn, Work, alternating, finish, paired, ratio_of, verdict
 from PIL import Image
 
 from keepsight.evaluation import Question, evaluate
@@ -42,9 +42,17 @@ def asked(folder: Path) -> list[Question]:
     ]
 
 
-def plain_loop(model: Any, processor: Any, questions: list[Question]) -> Callable[[], list[str]]:
+def plain_loop(model: Any, processor: Any, questions: list[Question]) -> Work:
     """The loop that one would write."""
-    return lambda: [plain(model, processor, question) for question in questions]
+
+    def answer(turn: Turn) -> list[str]:
+        said = []
+        for question in questions:
+            said.append(plain(model, processor, question))
+            turn()
+        return said
+
+    return answer
 
 
 def plain(model: Any, processor: Any, question: Question) -> str:
@@ -57,36 +65,18 @@ def plain(model: Any, processor: Any, question: Question) -> str:
     return processor.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def question_by_question(model: Any, processor: Any, questions: list[Question], folder: Path) -> tuple[float, float]:
-    """Seconds of the plain loop and of keepsight, which take turns at every question, so that what else the machine
-    does hits both alike. What keepsight does before the first and after the last counts too."""
-    times, order = [0.0, 0.0], iter(questions)
-    start = now()
+def ours(model: Any, processor: Any, questions: list[Question], batch: int, folder: Path) -> Work:
+    """keepsight's evaluation with a journal, each time a new one. All that it does beside the questions counts too."""
 
-    def done(_: int) -> None:
-        nonlocal start
-        times[1] += now() - start
-        times[0] += seconds(lambda: plain(model, processor, next(order)))
-        start = now()
-
-    with tempfile.TemporaryDirectory(dir=folder) as journal:
-        evaluate(model, processor, questions, batch_size=1, max_new_tokens=NEW_TOKENS, journal=journal, done=done)
-        times[1] += now() - start
-    return times[0], times[1]
-
-
-def ours(model: Any, processor: Any, questions: list[Question], batch: int, folder: Path) -> Callable[[], list[str]]:
-    """keepsight's evaluation with a journal, each time a new one."""
-
-    def answer() -> list[str]:
+    def answer(turn: Turn) -> list[str]:
         with tempfile.TemporaryDirectory(dir=folder) as journal:
-            options = {"batch_size": batch, "max_new_tokens": NEW_TOKENS, "journal": journal}
+            options = {"batch_size": batch, "max_new_tokens": NEW_TOKENS, "journal": journal, "done": lambda _: turn()}
             return [record.prediction for record in evaluate(model, processor, questions, **options).records]
 
     return answer
 
 
-def theirs(model: Any, processor: Any, questions: list[Question], folder: Path) -> Callable[[], list[str]] | None:
+def theirs(model: Any, processor: Any, questions: list[Question], folder: Path) -> Work | None:
     """lmms-eval's `llava_hf` on the same weights; None where it is not installed."""
     try:
         from lmms_eval.api.instance import Instance
@@ -102,14 +92,18 @@ def theirs(model: Any, processor: Any, questions: list[Question], folder: Path) 
     )
     wrapper.task_dict = {"questions": {"test": questions}}
 
-    def answer() -> list[str]:
+    def answer(turn: Turn) -> list[str]:
+        def opened(asked: Question) -> list[Image.Image]:
+            turn()  # the wrapper asks for a question's pictures when it comes to the question
+            return [Image.open(asked.image).convert("RGB")]
+
         requests = [
             Instance(
                 request_type="generate_until",
                 arguments=(
                     question.question,
                     {"max_new_tokens": NEW_TOKENS},
-                    lambda asked: [Image.open(asked.image).convert("RGB")],
+                    opened,
                     number,
                     "questions",
                     "test",
@@ -122,6 +116,10 @@ def theirs(model: Any, processor: Any, questions: list[Question], folder: Path) 
         return [text.strip() for text in wrapper.generate_until(requests)]
 
     return answer
+
+
+def no_turn() -> None:
+    """Alone."""
 
 
 def told(title: str, other: list[float], mine: list[float], questions: int) -> list[bool]:
@@ -143,14 +141,13 @@ def main() -> None:
         questions = asked(folder / "world")
         single, batched = (ours(model, processor, questions, batch, folder) for batch in (1, BATCH))
         by_hand, wrapper = plain_loop(model, processor, questions), theirs(model, processor, questions, folder)
-        if (said := single()) != by_hand() or len(set(said)) < 4:
+        if (said := single(no_turn)) != by_hand(no_turn) or len(set(said)) < 4:
             raise RuntimeError("keepsight and the plain loop do not answer alike, or all answers are the same")
-        turns = [question_by_question(model, processor, questions, folder) for _ in range(given.pairs)]
-        loop, mine = ([turn[side] for turn in turns] for side in (0, 1))
-        held = told("a plain loop of generate", loop, mine, len(questions))
+        held = told("a plain loop of generate", *alternating(by_hand, single, given.pairs), len(questions))
         if wrapper is not None:
-            held += told("lmms-eval's llava_hf", *paired(wrapper, single, given.pairs), len(questions))
-        one, many = paired(single, batched, max(3, given.pairs // 2))
+            wrapper(no_turn)  # its first run warms up what later ones find ready
+            held += told("lmms-eval's llava_hf", *alternating(wrapper, single, given.pairs), len(questions))
+        one, many = paired(lambda: single(no_turn), lambda: batched(no_turn), max(3, given.pairs // 2))
         print(f"in batches of {BATCH}: {ratio_of(one, many)} the questions a second of one at a time, no bound")
     finish(*held)
 

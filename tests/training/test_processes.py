@@ -33,6 +33,8 @@ def run(processes: int, mode: str, out: Path, *settings: str, **environment: str
         ("trainer", ('anchor="moving_average"', "anchor_decay=0.5")),
         ("trainer-images", ('normalise="centred"',)),
         ("trainer-images", ('control="other_image"',)),
+        ("injected", ()),
+        ("injected-images", ()),
         ("loop", ()),
         ("fsdp", ()),
         ("fsdp-images", ()),

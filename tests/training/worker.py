@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 2 -m tests.training.worker MODE OUT
 
 MODE: trainer (HF Trainer with the mixin; DDP, or FSDP2 where the environment asks for it as `accelerate launch` does),
+injected (HF Trainer as it is, PRe with ``inject=True`` and its callback, no learning),
 loop (a plain loop, DDP), fsdp (a plain loop, FSDP2), with "-images" behind it for data where only one process ever has
 pictures, and further settings of PRe as name=value.
 """
@@ -23,7 +24,7 @@ from accelerate.utils import DistributedType
 import keepsight
 from keepsight.training.sharding import is_sharded
 from tests.tiny import llava_clip_llama
-from tests.training.test_trainer import PReTrainer, collate, samples, train
+from tests.training.test_trainer import InOrder, PReTrainer, collate, make_trainer, samples, train
 
 STEPS, BATCH = 3, 4
 
@@ -61,7 +62,7 @@ def main(mode: str, out: str, *settings: str) -> None:
         shard_on_cpu()
     kind, one_sided = mode.removesuffix("-images"), mode.endswith("-images")
     model, _ = llava_clip_llama()
-    handle = keepsight.attach(model, keepsight.PReConfig(**values))
+    handle = keepsight.attach(model, keepsight.PReConfig(**values), inject=kind == "injected")
     rows = data(one_sided)
     head_types: list[torch.dtype] = []
     handle.head.register_forward_pre_hook(lambda head, _: head_types.append(head.up.weight.dtype))
@@ -70,6 +71,12 @@ def main(mode: str, out: str, *settings: str) -> None:
         path = Path(out).with_suffix(".trainer")
         trainer, _ = train(model, path, rows, PReTrainer, batch=BATCH // processes, max_steps=STEPS, max_grad_norm=1.0)
         log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
+        rank = trainer.args.process_index
+    elif kind == "injected":
+        options = {"batch": BATCH // processes, "max_steps": STEPS, "learning_rate": 0.0, "callbacks": [handle]}
+        trainer = make_trainer(model, Path(out).with_suffix(".trainer"), rows, InOrder, **options)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
         rank = trainer.args.process_index
     else:
         log, rank = plain_loop(kind, model, handle, rows, processes), int(os.environ.get("RANK", "0"))

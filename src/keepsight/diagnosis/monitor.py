@@ -8,7 +8,6 @@ fitted to, and nothing is kept that grows.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
 
 from keepsight.diagnosis.metrics.spectrum import participation_ratio
 from keepsight.diagnosis.metrics.structure import Groups, structure
+from keepsight.trainer_log import add_to_log, go_first
 from keepsight.vlm.grids import ImageTokens
 from keepsight.vlm.view import Vlm, hidden_states_in, hidden_states_out, refuse_replica
 
@@ -120,7 +119,7 @@ class FidelityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Put the hooks on, and go before the trackers, which read a log as it is when they get it."""
         self._take_off()  # those of a training that raised: Trainer tells its callbacks nothing of that
-        self._go_first()
+        go_first(self)
         self._wanted = self._looked = False
         self._vlm = Vlm(model)
         self._index_of_layer = self._vlm.resolve_layer(self.layer)
@@ -140,9 +139,7 @@ class FidelityCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Put the latest numbers beside the trainer's."""
         if logs is not None and "loss" in logs and self._pending:
-            logs.update(self._pending)
-            if state.log_history:
-                state.log_history[-1].update(self._pending)
+            add_to_log(logs, state, self._pending)
             self._pending = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -159,16 +156,6 @@ class FidelityCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-    def _go_first(self) -> None:
-        # Trainer gives a callback no way to the others but to be called by what holds them.
-        frame = inspect.currentframe()
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-                handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
-                return
-            frame = frame.f_back
 
     # ---- one look --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepsight.pre import steps
 from keepsight.pre.config import PReConfig
+from keepsight.pre.curves import Curves
 from keepsight.pre.forward import ForwardPass
 from keepsight.pre.head import PredictionHead, Predictors
 from keepsight.pre.layers import resolve_layers
@@ -61,6 +62,7 @@ class Handle(OfModel, ProofOfLife):
         self.images_in_step: int | None = None
         self.accumulation = 1
         self._copied: Any = None
+        self._curves = Curves()
         self._forward: ForwardPass = ForwardPass(
             self.vlm, config, self.layers, shares, inject=inject, coefficient=self._injected_coefficient
         )

@@ -1,4 +1,4 @@
-"""The proof that a predictive loss trains something, and the trainer callback that asks for it."""
+"""The proof that a predictive loss trains something, and the trainer callback that asks for it and logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from keepsight.pre.curves import Curves
 from keepsight.pre.sight import Seen
+from keepsight.trainer_log import add_to_log, go_first
 
 if TYPE_CHECKING:
     from keepsight.pre.handle import Handle
@@ -105,7 +107,8 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
 
 
 class ProofOfLife(TrainerCallback):
-    """The part of `Handle` that a trainer calls: it stops a run whose predictive loss is dead."""
+    """The part of `Handle` that a trainer calls: it stops a run whose predictive loss is dead, and with ``inject=True``
+    logs the numbers of `keepsight.pre.curves` with the trainer's own. All processes must log."""
 
     def assert_alive(self: Handle, optimizer: torch.optim.Optimizer) -> None:
         """Check, after the backwards and before the optimizer step, that the predictive loss trains something.
@@ -140,6 +143,9 @@ class ProofOfLife(TrainerCallback):
         """Trainer callback: another training has another optimizer, so life must be proven again."""
         self._alive = not self.config.active
         self._resumed = state is not None and state.global_step > 0
+        self._curves = Curves()
+        if self._logs:
+            go_first(self)
         self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
         if self.inject and getattr(args, "fp16", False):
             raise ValueError(
@@ -148,14 +154,35 @@ class ProofOfLife(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures."""
+        """Trainer callback: stop a run whose predictive loss is dead, at the first step that holds pictures; a step's
+        last micro-batch."""
         if not self._alive and self._forward.life is not None:
             self.assert_alive(kwargs["optimizer"])
+        if self._logs:  # now, because λ changes with the step
+            self._curves.add(self)
+            self._curves.steps += 1
+
+    def on_substep_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: a micro-batch that is not its step's last."""
+        if self._logs:
+            self._curves.add(self)
 
     def on_step_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: DeepSpeed's own optimizer steps on flat pieces, in which the head cannot be recognised."""
         if self.config.active and of_deepspeed(kwargs.get("optimizer")) is not None:
             self.stepped()
+
+    def on_log(self: Handle, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Trainer callback: what the predictive loss saw since the last log, beside the trainer's numbers."""
+        if logs is not None and "loss" in logs and self._curves.steps:
+            numbers, _ = self._curves.read(_sum_over_processes)
+            add_to_log(logs, state, numbers)
+            self._curves = Curves()
+
+    @property
+    def _logs(self: Handle) -> bool:
+        """`PReTrainerMixin` logs by itself; a trainer that knows nothing of PRe has this callback to do it."""
+        return self.inject and self.config.active
 
     def on_train_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: a whole run without one picture is no run with PRe.
@@ -176,8 +203,10 @@ class ProofOfLife(TrainerCallback):
 
     def _alive_anywhere(self: Handle) -> bool:
         """Whether any process proved life: one may never have had a picture."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self._alive
-        alive = torch.tensor(int(self._alive), device=self.predictors.steps.device)
-        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
-        return bool(alive)
+        return bool(_sum_over_processes(torch.tensor(int(self._alive), device=self.predictors.steps.device)))
+
+
+def _sum_over_processes(number: torch.Tensor) -> torch.Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(number)
+    return number

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keepsight.pre.attaching import handle_of
+from keepsight.pre.curves import Curves
 from keepsight.pre.handle import HEAD, Handle
 from keepsight.training.sharding import shard_head
 
@@ -26,9 +27,7 @@ class PReTrainerMixin(_Trainer):
     of 8 and eight accumulated batches of 1 train alike, whatever share of samples holds pictures.
 
     Logged beside the trainer's own numbers, as means since the last log over all processes: ``lm_loss`` (what the
-    bare trainer would have logged as ``loss``), ``pre_loss`` (L_PRe, without λ), ``pre_cosine``, ``pre_margin`` (see
-    `keepsight.pre.sight.Sight`), and per step ``pre_images``, ``pre_tokens``, ``pre_skipped``; with several layers
-    ``pre_cosine_<layer>`` for each, with a schedule ``pre_weight``.
+    bare trainer would have logged as ``loss``) and the numbers of `keepsight.pre.curves`.
 
     The head's gradient is clipped apart from the model's (``max_grad_norm`` each), so that the head cannot change how
     far the model steps. Before the first step that saw pictures `Handle.assert_alive` stops a dead run.
@@ -57,7 +56,7 @@ class PReTrainerMixin(_Trainer):
         # The one place that every version of Trainer clips through.
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart
-        self._pre_log = _Running()
+        self._curves = Curves()
         self.pre_totals = dict.fromkeys(("images", "tokens", "skipped"), 0)  # of all steps that were logged
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -105,7 +104,7 @@ class PReTrainerMixin(_Trainer):
         divisor = 1 if self._normalised_over_step(num_items_in_batch) else self.current_gradient_accumulation_steps
         processes = self.accelerator.num_processes
         predictive = self.pre.loss.to(loss.device)
-        self._pre_log.add(loss.detach() / divisor, self.pre)
+        self._curves.add(self.pre, loss.detach() / divisor)
         total = loss + predictive * (divisor * processes)
         return (total, outputs) if return_outputs else total
 
@@ -148,33 +147,35 @@ class PReTrainerMixin(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with what the predictive loss saw since the last one."""
-        if "loss" in logs and self._pre_log.steps:
+        if "loss" in logs and self._curves.steps:
             logs.update(self.read_log())
-            if self.pre.config.warmup_steps or self.pre.config.decay_steps:
-                logs["pre_weight"] = self.pre.weight
         super().log(logs, *args, **kwargs)
 
     def read_log(self) -> dict[str, float]:
         """What the predictive loss saw since the last log, added to `pre_totals`; every process must call it."""
-        if not self._pre_log.steps:
+        if not self._curves.steps:
             return {}
-        logs = self._pre_log.read(self.accelerator)
+        logs = self._read()
         self.pre_totals = self._totals_with(logs)
-        self._pre_log = _Running()
+        self._curves = Curves()
         return logs
 
     def read_totals(self) -> dict[str, int]:
         """`pre_totals` and what came since the last log, which stays to be logged; every process must call it."""
-        return self._totals_with(self._pre_log.read(self.accelerator)) if self._pre_log.steps else dict(self.pre_totals)
+        return self._totals_with(self._read()) if self._curves.steps else dict(self.pre_totals)
+
+    def _read(self) -> dict[str, float]:
+        numbers, lm_loss = self._curves.read(self.accelerator.reduce)
+        return {"lm_loss": lm_loss / self._curves.steps / self.accelerator.num_processes, **numbers}
 
     def _totals_with(self, logs: dict[str, float]) -> dict[str, int]:
-        return {name: n + round(logs[f"pre_{name}"] * self._pre_log.steps) for name, n in self.pre_totals.items()}
+        return {name: n + round(logs[f"pre_{name}"] * self._curves.steps) for name, n in self.pre_totals.items()}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; counts optimizer steps for the log."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.gradient_state.sync_gradients:
-            self._pre_log.steps += 1
+            self._curves.steps += 1
         return loss
 
 
@@ -190,47 +191,3 @@ def set_apart(optimizer: torch.optim.Optimizer, chosen: Iterable[Tensor], rate: 
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
             moved += mine
     optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": decay, mark: True})
-
-
-class _Running:
-    """Sums since the last log; on the device until read."""
-
-    FIELDS = ("lm", "loss", "cosine", "gain", "paired", "images", "tokens", "skipped")
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.sums: Tensor | None = None
-        self.layers: tuple[int, ...] = ()
-
-    def add(self, lm_loss: Tensor, handle: Handle) -> None:
-        seen, summed = handle.seen, handle.loss_sum
-        # Cosines of the layers, where there are several, stand behind the fields.
-        self.layers = tuple(handle.layers) if len(handle.layers) > 1 else ()
-        row = torch.zeros(len(self.FIELDS) + len(self.layers), dtype=torch.float64, device=lm_loss.device)
-        row[0] = lm_loss
-        if seen is not None and summed is not None:
-            numbers = [summed, seen.cosine_sum, seen.gain_sum, seen.paired]
-            row[1:5] = torch.stack([number.to(row) for number in numbers])
-            row[5:8] = torch.tensor([seen.images, seen.tokens, seen.skipped], dtype=torch.float64)
-            for number, layer in enumerate(self.layers, start=len(self.FIELDS)):
-                row[number] = handle.seen_at(layer).cosine_sum
-        self.sums = row if self.sums is None else self.sums + row
-
-    def read(self, accelerator: Any) -> dict[str, float]:
-        assert self.sums is not None
-        total = accelerator.reduce(self.sums, reduction="sum")
-        lm, loss, cosine, gain, paired, images, tokens, skipped, *by_layer = total.tolist()
-        logs = {"lm_loss": lm / self.steps / accelerator.num_processes}
-        if images:
-            logs["pre_loss"] = loss / images
-            logs["pre_cosine"] = cosine / images
-            for layer, value in zip(self.layers, by_layer, strict=True):
-                logs[f"pre_cosine_{layer}"] = value / images
-        if paired:
-            logs["pre_margin"] = gain / paired
-        logs |= {
-            "pre_images": images / self.steps,
-            "pre_tokens": tokens / self.steps,
-            "pre_skipped": skipped / self.steps,
-        }
-        return logs
