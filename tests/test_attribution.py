@@ -1,6 +1,7 @@
 """Skill against what the layers tell: r by hand, several seeds, and the command over a real training."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -174,6 +175,12 @@ def test_over_a_training_stopped_and_gone_on(world, tmp_path, capsys, monkeypatc
     shutil.copytree(run, tmp_path / "copy")
     assert cli.main([*command[:2], str(tmp_path / "copy"), *command[2:]]) == 2
     assert "the runs run, copy ended in the same weights, so they are no replicates" in capsys.readouterr().err
+    anew = json.loads((run / "run.json").read_text()) | {"created": "2001-01-01T00:00:00+00:00"}
+    (tmp_path / "anew").mkdir()
+    shutil.copytree(run, tmp_path / "anew" / "run")
+    (tmp_path / "anew" / "run" / "run.json").write_text(json.dumps(anew))
+    assert cli.main([*command[:1], str(tmp_path / "anew" / "run"), *command[2:]]) == 2
+    assert "now 'training started 2001-01-01T00:00:00+00:00'); choose another --out" in capsys.readouterr().err
     again = train(world, tmp_path / "again", keep_weights=True, seed=1)
     assert cli.main([*command[:2], str(again), *command[2:]]) == 0  # joins: only its points are measured
     assert len(seen) == 9
@@ -184,6 +191,24 @@ def test_over_a_training_stopped_and_gone_on(world, tmp_path, capsys, monkeypatc
     assert "sources:\n- " in loaded.config
     assert cli.main(["compare", str(tmp_path / "out"), "--out", str(tmp_path / "compared.html")]) == 0
     assert '<section id="attribution">' in (tmp_path / "compared.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_models_of_one_name_are_not_taken_for_one_another(world, tmp_path, capsys):
+    models = [shutil.copytree(world / "model", tmp_path / part / "final") for part in "abcd"]
+    command = ["--images", str(world / "pictures"), "--tasks", str(world / "questions.jsonl"), "--limit", "2"]
+    command += ["--out", str(tmp_path / "o"), "--max-new-tokens", "1"]
+    assert cli.main(["attribute", *map(str, models[:3]), *command]) == 0
+    assert cli.main(["attribute", *map(str, models[:3]), *command]) == 0
+    assert capsys.readouterr().out.count("-final (done before)") == 3
+    assert cli.main(["attribute", *map(str, [models[0], models[3], models[2]]), *command]) == 2
+    said = capsys.readouterr().err
+    assert f"'{tmp_path / 'o' / 'models' / '01-final'}' was made with other settings (weights: '{models[1]}" in said
+    assert f"now '{models[3]}" in said
+    written = next(models[2].glob("*.safetensors"))
+    os.utime(written, (written.stat().st_atime, written.stat().st_mtime + 5))
+    assert cli.main(["attribute", *map(str, models[:3]), *command]) == 2
+    assert "02-final' was made with other settings (weights: " in capsys.readouterr().err
 
 
 def test_only_the_newest_checkpoint_stays_unless_asked(world, tmp_path, capsys):

@@ -8,7 +8,7 @@ other, and `keepsight.report` draws it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from keepsight.results.trend import correlations, over_seeds
 
 
 def look(
-    models: Iterable[tuple[str, Callable[[], tuple[Any, Any]]]],
+    models: Iterable[tuple[str, str, Callable[[], tuple[Any, Any]]]],
     images: Any,
     questions: Sequence[Question],
     out: str | Path,
@@ -30,7 +30,7 @@ def look(
     settings: dict[str, Any] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 32,
-    config: Any = None,
+    config: Mapping[str, Any] | None = None,
     told: Callable[[str, bool], None] = lambda name, done: None,
 ) -> list[Point]:
     """Diagnose every model and ask it the questions; each in a folder of its own in `out`.
@@ -38,24 +38,26 @@ def look(
     What lies there finished, from the same settings, is not done again: a stopped attribution goes on.
 
     Args:
-        models: (name, what gives model and processor), in order; called only where there is something to do.
+        models: (name, where the weights are from, what gives model and processor), in order; called only where there
+            is something to do. A point that lies there under this name from other weights is refused.
         training: what the points are of; its name, for reports.
         images: as `diagnose` takes them; settings: its further arguments.
         config: what the points hang on, written with each; a point with another one is refused.
         told: called with each name, and whether it was done before.
 
     Raises:
-        ValueError: a point that lies in `out` is from other settings.
+        ValueError: a point that lies in `out` is from other settings or weights.
         StorageError: a point cannot be written; those before it are kept.
     """
     points = []
-    for name, load in models:
+    for name, weights, load in models:
         folder = Path(out) / name
+        hangs_on = {**(config or {}), "weights": weights}
         there = (folder / RUN_FILE).is_file()
         told(name, there)
         if there:
             run = RunDirectory.open(folder)
-            if changes := run.changes(config or {}):
+            if changes := run.changes(hangs_on):
                 raise ValueError(f"'{folder}' was made with other settings ({changes}); choose another --out")
         else:
             model, processor = load()
@@ -64,7 +66,7 @@ def look(
             said = evaluate(model, processor, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
             kept = [part for part in (seen.per_image, said.per_image) if part is not None]
             both = replace(seen, rows=[*seen.rows, *said.rows], per_image=merged(kept), examples=[])
-            run = both.save(folder, config=config or {})
+            run = both.save(folder, config=hangs_on)
         points.append(Point(name, run.read_rows(), training))
     return points
 

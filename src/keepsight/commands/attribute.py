@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -167,7 +168,7 @@ def _tell(training: str, point: str, done: bool) -> None:
     console.print(f"{training}: {point}" + (" (done before)" if done else ""), markup=False)
 
 
-Models = Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]
+Models = Iterator[tuple[str, str, Callable[[], tuple[Any, Any]]]]  # as `attribution.look` takes them
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _run(run: Any, folder: Path, device: str) -> Models:
         return model.to(device), processor
 
     for moment in moments(run):
-        yield moment.name, following
+        yield moment.name, f"training started {run.info.get('created')}", following
 
 
 def _models(sources: Sequence[str], folder: Path, device: str) -> Models:
@@ -233,4 +234,13 @@ def _models(sources: Sequence[str], folder: Path, device: str) -> Models:
         return model.to(device), processor
 
     for number, source in enumerate(sources):
-        yield f"{number:02d}-{Path(source).name}", partial(load, source)
+        yield f"{number:02d}-{Path(source).name}", _written(source), partial(load, source)
+
+
+def _written(source: str) -> str:
+    """Which weights a model's name stands for now, so that other ones of that name are not taken for done."""
+    folder = Path(source).resolve()
+    if not folder.is_dir():
+        return source  # of the hub
+    changed = max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=0.0)
+    return f"{folder}, written {datetime.datetime.fromtimestamp(changed, datetime.UTC).isoformat(timespec='seconds')}"
