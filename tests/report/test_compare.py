@@ -114,7 +114,9 @@ def test_several_seeds(tmp_path, capsys):
     [
         (["--fail-if", "gap ! 3"], "the condition 'gap ! 3' cannot be read"),
         (["--fail-if", "fidelity < 1"], "no run has 'fidelity'; the metrics are gap, probe_drop"),
-        (["--fail-if", "gap@3 < 1"], "no run has 'gap' at layer 3"),
+        (["--fail-if", "gap@3 < 1"], "no run has 'gap' at layer 3; it was measured at 0, 2: name one, as in 'gap@2'"),
+        (["--fail-if", "gap@last < 1"], "no run has 'gap' at layer 4; it was measured at 0, 2"),
+        (["--fail-if", "probe_drop[size] > 0"], "no run has 'probe_drop' of 'size'; there is probe_drop of 'texture'"),
         (["--out", "nowhere/report.html"], "whose folder does not exist"),
     ],
 )
@@ -131,6 +133,37 @@ def test_a_folder_that_is_no_run(tmp_path, pair, capsys):
     empty = RunDirectory.create(tmp_path / "empty", label="empty")
     assert cli.main(["compare", pair[0], str(empty.path)]) == 2
     assert "the run 'empty' holds no rows" in capsys.readouterr().err
+
+
+def test_a_difference_is_between_the_middle_layers_of_models_of_other_depths(pair, tmp_path, capsys):
+    """Probe drop 30 % at layer 2 of 4 and 50 % at layer 3 of 6: +20 points."""
+    deep = RunDirectory.create(tmp_path / "deep", label="deep", depth=6, kind="diagnosis")
+    deep.write_rows(
+        [
+            Measurement("probe_drop", 0.5, layer=3, low=0.45, high=0.55, target="texture"),
+            Measurement("cka", 0.5, layer=3),
+        ]
+    )
+    assert cli.main(["compare", pair[0], str(deep.path), "--fail-if", "delta probe_drop > 0.05"]) == 1
+    assert "deep, probe_drop[texture] at layer 3: met, 20.0 % [8.8, 31.2]" in capsys.readouterr().out
+    assert cli.main(["compare", pair[0], str(deep.path), "--fail-if", "delta cka > 0.05"]) == 2
+    assert "the first run, 'base', has no 'cka' there, so there is no difference from it" in capsys.readouterr().err
+
+
+def test_runs_that_share_a_label_are_said_to_be_averaged(tmp_path, capsys):
+    runs = [
+        str(write_run(tmp_path / name, "checkpoint-9", 0.5, (0.3, 0.2, 0.4), seed)) for seed, name in enumerate("ab")
+    ]
+    assert cli.main(["compare", *runs]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-9: 2 runs of this label are averaged as seeds of one arm; to compare them" in said
+    assert cli.main(["compare", *runs, "--fail-if", "delta gap < 0"]) == 2
+    assert "give two runs or more, with labels of their own" in capsys.readouterr().err
+    RunDirectory.open(runs[1]).update(pre_layer=2)
+    assert cli.main(["compare", *runs]) == 2
+    assert (
+        "runs labelled 'checkpoint-9' have None and 2 as PRe's layer, so they are no seeds" in capsys.readouterr().err
+    )
 
 
 def test_nothing_in_common_gives_no_differences(pair):

@@ -51,6 +51,14 @@ def main(arguments: Sequence[str]) -> int:
     attributions = [run for run in loaded if run.points]
     grouped = arms([run for run in loaded if not run.points])
     compared = [pool(runs) for runs in grouped]
+    for runs in grouped:
+        # Labels that nobody chose may agree by chance, such as "checkpoint-500" of two trainings.
+        if len(runs) > 1:
+            console.print(
+                f"{runs[0].label}: {len(runs)} runs of this label are averaged as seeds of one arm; to compare them "
+                "with one another, give each its own (keepsight diagnose --label).",
+                markup=False,
+            )
     pooled = [*compared, *attributions]
     for run in pooled:
         if not run.rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from keepsight.report.curves import Run, Series, apart, open_runs
 from keepsight.report.findings import difference
@@ -63,45 +63,68 @@ def judge(condition: Condition, runs: Sequence[LoadedRun]) -> tuple[str, list[st
     every = open_runs(runs)
     opened = apart(every)[condition.metric == ATTRIBUTION] or every
     if condition.delta and len(opened) < 2:
-        raise ValueError("'delta' is the difference from the first run; give two runs or more.")
+        raise ValueError(
+            "'delta' is the difference from the first run; give two runs or more, with labels of their own: those of "
+            "one label are averaged as seeds of one arm."
+        )
     judged, told = [], []
-    for run in opened[1:] or opened:
-        for row in _rows(condition, run):
+    base, judging = opened[0], opened[1:] or opened
+    for run in judging:
+        for series, row in _rows(condition, run):
             found = Estimate(row.value, row.low, row.high)
             if condition.delta:
-                before = opened[0].at(Series(*row.key[:4]), row.layer)
+                curve = base.curves.get(series, {})
+                before = curve.get(_layer(condition, base, curve))
                 if before is None:
                     continue
-                found = difference(opened[0], before, run, row)
+                found = difference(base, before, run, row)
             outcome = condition.judge(found)
             judged.append(outcome)
             told.append(_told(run, row, found, outcome))
     if not judged:
-        known = sorted({series.metric for run in opened for series in run.curves})
-        raise ValueError(
-            f"no run has {condition.metric!r}"
-            + (f" of {condition.target!r}" if condition.target is not None else "")
-            + (f" at layer {condition.layer}" if condition.layer is not None else "")
-            + f"; the metrics are {', '.join(known)}"
-        )
+        raise ValueError(_lacking(condition, base, judging))
     return verdict(judged), told
 
 
-def _rows(condition: Condition, run: Run) -> Iterator[Measurement]:
+def _rows(condition: Condition, run: Run) -> Iterator[tuple[Series, Measurement]]:
     """The numbers that a condition is about: the headline variant of each target, at one layer."""
     for target in dict.fromkeys(series.target for series in run.select(condition.metric)):
-        if condition.target not in (None, target):
-            continue
         series = run.headline(condition.metric, target)
-        curve = run.curves.get(series, {}) if series else {}
-        if condition.layer is None and len(curve) == 1:
-            layer = next(iter(curve))  # reported at one layer only, or of the whole model
-        elif isinstance(condition.layer, int):
-            layer = condition.layer
-        else:
-            layer = run.depth if condition.layer == "last" else run.middle
-        if layer in curve:
-            yield curve[layer]
+        if series is None or condition.target not in (None, target):
+            continue
+        curve = run.curves[series]
+        if (row := curve.get(_layer(condition, run, curve))) is not None:
+            yield series, row
+
+
+def _layer(condition: Condition, run: Run, curve: Collection[int | None]) -> int | None:
+    """The layer of a run's own that a condition is about."""
+    if condition.layer is None and len(curve) == 1:
+        return next(iter(curve))  # reported at one layer only, or of the whole model
+    if isinstance(condition.layer, int):
+        return condition.layer
+    return run.depth if condition.layer == "last" else run.middle
+
+
+def _lacking(condition: Condition, base: Run, runs: Sequence[Run]) -> str:
+    """Why there is nothing to judge: no such metric, target or layer in `runs`, or none in `base`."""
+    name = repr(condition.metric) + (f" of {condition.target!r}" if condition.target is not None else "")
+    if any(True for run in runs for _ in _rows(condition, run)):
+        return f"the first run, '{base.label}', has no {name} there, so there is no difference from it"
+    found = {series.target: run.curves[series] for run in runs for series in run.select(condition.metric)}
+    if condition.target is not None and found:
+        if condition.target not in found:
+            return f"no run has {name}; there is {condition.metric} of {', '.join(map(repr, found))}"
+        found = {condition.target: found[condition.target]}
+    layers = sorted({layer for curve in found.values() for layer in curve if layer is not None})
+    if layers:
+        place = _layer(condition, runs[0], layers)
+        return (
+            f"no run has {name} at layer {place}; it was "
+            f"measured at {', '.join(map(str, layers))}: name one, as in '{condition.metric}@{layers[-1]}'"
+        )
+    known = sorted({series.metric for run in runs for series in run.curves})
+    return f"no run has {name}; the metrics are {', '.join(known)}"
 
 
 def _told(run: Run, row: Measurement, found: Estimate, outcome: str) -> str:

@@ -35,7 +35,7 @@ def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:
             not kept by picture have none.
 
     Raises:
-        ValueError: two runs are the same model on the same seed.
+        ValueError: two runs are of the same weights, or differ in depth, width or the layer of PRe.
     """
     first = runs[0]
     if len(runs) == 1:
@@ -46,6 +46,12 @@ def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:
             raise ValueError(
                 f"two runs labelled '{first.label}' are of the same weights ({model[:12]}), so they are no replicates; "
                 "leave one out, or give them labels of their own (keepsight diagnose --label)"
+            )
+    for fact, what in (("depth", "layers"), ("width", "channels"), ("pre_layer", "as PRe's layer")):
+        if len(told := dict.fromkeys(run.info.get(fact) for run in runs if run.info.get("depth"))) > 1:
+            raise ValueError(
+                f"runs labelled '{first.label}' have {' and '.join(map(str, told))} {what}, so they are no seeds of "
+                "one arm; give them labels of their own (keepsight diagnose --label)"
             )
     indexed = [{row.key: row for row in run.rows} for run in runs]
     keys = [key for key in indexed[0] if all(key in rows for rows in indexed)]
