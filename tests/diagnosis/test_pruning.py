@@ -69,3 +69,11 @@ def test_settings_that_mean_nothing_are_refused_before_the_work(parts):
         diagnose(model, processor, images, prunings=[Pruning(1, 0.0)], progress=False)
     with pytest.raises(ValueError, match="the last one: nothing comes after it"):
         diagnose(model, processor, images, prunings=[Pruning(Vlm(model).depth, 0.5)], progress=False)
+
+
+def test_without_labels_no_forward_is_spent_and_a_row_says_why(parts, monkeypatch):
+    monkeypatch.setattr("keepsight.diagnosis.pruning._pooled", None)  # would fail if it were called
+    images = [picture("red", seed)[0] for seed in range(3)]
+    result = diagnose(*parts, images, metrics=["maps"], prunings=[Pruning(1, 0.5)], progress=False)
+    (row,) = [row for row in result.rows if row.metric == "probe_accuracy_pruned"]
+    assert (row.value, row.note) == (None, "no labels were given")

@@ -43,13 +43,16 @@ def pruning_rows(
     *,
     seed: int,
     progress: bool = False,
+    unlabelled: str = "no labels were given",
 ) -> list[Measurement]:
     """Rows `probe_accuracy_pruned`: one forward over the pictures for each pruning, with the whole prompt.
 
     The probe's protocol and its split of the pictures are those of `probe_accuracy`; its input is the mean over the
     kept tokens of a picture, at the middle and the last layer where these lie above the pruning. `variant` tells the
-    pruning, as "attention, 25% after layer 2".
+    pruning, as "attention, 25% after layer 2". Without label sets no forward is run, and one row says why.
     """
+    if not labels:
+        return [Measurement("probe_accuracy_pruned", None, seed=seed, note=unlabelled)]
     whole = replace(loader, whole=True)
     rows: list[Measurement] = []
     for pruning in tracked(prunings, "pruned", progress):

@@ -127,10 +127,18 @@ class Study:
         """What a probe still reads when visual tokens are pruned on the way."""
         if not prunings:
             return []
-        labels, done, per_image = self.pictures.labels, looked.done, looked.per_image
+        pictures = self.pictures
         with inference(loader.vlm.model):
             return pruning_rows(
-                loader.vlm, loader, prunings, labels, done, per_image, seed=self.seed, progress=self.progress
+                loader.vlm,
+                loader,
+                prunings,
+                pictures.labels,
+                looked.done,
+                looked.per_image,
+                seed=self.seed,
+                progress=self.progress,
+                unlabelled=pictures.unlabelled,
             )
 
     def information(self, loader: Loader, looked: Look) -> dict[str, Any]:
