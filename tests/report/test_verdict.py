@@ -111,8 +111,35 @@ def test_a_drop_that_is_not_defined_says_why() -> None:
     assert verdict([run("x", rows)]) == (
         "Nothing can be said by the middle layer (4 of 8) of x: layer 0 is not above chance."
     )
-    assert "hold neither a probe drop nor a patch gap" in verdict([run("x", [])])
-    assert "share no probe, gap or answer rows" in verdict([run("x", []), run("y", [])])
+    several = [dataclasses.replace(rows[0], target=target) for target in ("texture", "shape", "colour")]
+    assert verdict([run("x", several)]).endswith(" of x: texture: layer 0 is not above chance; nor of 2 more.")
+    assert "hold no probe drop, patch gap or fidelity at layer 0 and there" in verdict([run("x", [])])
+    assert "share no probe, gap, fidelity or answer rows" in verdict([run("x", []), run("y", [])])
+
+
+def test_a_drop_without_an_interval_is_not_said_to_contain_zero() -> None:
+    rows = [Measurement("probe_drop", 0.25, layer=4, target="texture", note="no interval: few images")]
+    assert verdict([run("x", rows)]) == (
+        "No change can be told by the middle layer (4 of 8) of x: no 95 % interval leaves zero out "
+        "(texture −25.0 %, no interval: few images)."
+    )
+
+
+def test_pictures_without_labels_and_masks_are_judged_by_fidelity() -> None:
+    def fidelity(value: float, layer: int = 4) -> Measurement:
+        return Measurement("fidelity", value, layer=layer, low=value - 0.03, high=value + 0.04)
+
+    nothing = Measurement("probe_accuracy", None, note="no labels: pictures in one flat folder have no classes")
+    one = run("a", [nothing, fidelity(0.9, 0), fidelity(0.6)])
+    assert verdict([one]) == (
+        "By the middle layer (4 of 8) of a, fidelity to the encoder's output falls from 0.900 to 0.600, "
+        "−0.300 [−0.350, −0.250]."
+    )
+    assert verdict([one, run("b", [nothing, fidelity(0.8)])]) == (
+        "At the middle layer (4 of 8), b against a: fidelity to the encoder's output is higher, +0.200 [0.150, 0.250]."
+    )
+    assert "fidelity" not in verdict([run("a", [*one.rows, gap(0.9, 0.03, layer=0), gap(0.5, 0.04)])])
+    assert "fidelity" not in verdict([run("a", [*one.rows, gap(0.5, 0.04)]), run("b", [fidelity(0.8), gap(0.6, 0.04)])])
 
 
 def test_sinks_that_decide_otherwise_are_said() -> None:

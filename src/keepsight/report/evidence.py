@@ -49,7 +49,12 @@ _TITLES = {
     "probe_drop": "Probe accuracy above chance, change from layer 0 to the middle in %",
     "probe_accuracy": "Probe accuracy at the middle layer, difference in points",
     "gap": "Patch gap, difference in cosine",
+    "fidelity": "Fidelity to the encoder's output, difference in R²",
     "answer_accuracy": "Answers, difference in points",
+}
+_CHANGES = {  # of one run
+    "gap": "Patch gap, change from layer 0 to the middle in cosine",
+    "fidelity": "Fidelity to the encoder's output, change from layer 0 to the middle in R²",
 }
 
 
@@ -64,8 +69,8 @@ def evidence(runs: Sequence[Run]) -> list[Block]:
         chosen = [(run, finding) for run, finding in found if finding.metric == name]
         if not chosen:
             continue
-        title = "Patch gap, change from layer 0 to the middle in cosine" if name == "gap" and len(runs) == 1 else None
-        blocks.append(_differences(title or _TITLES[name], name, chosen))
+        title = _CHANGES.get(name, _TITLES[name]) if len(runs) == 1 else _TITLES[name]
+        blocks.append(_differences(title, name, chosen))
     return blocks
 
 
@@ -119,6 +124,8 @@ def _differences(title: str, name: str, found: Sequence[tuple[int, Finding]]) ->
             f.caveat,
         )  # fmt: skip
         tracks.setdefault((f.label, f.group), Track(f.label, f.group, [])).dots.append(dot)
+    if not any(f.value is not None for _, f in found):
+        return Block(title, list(tracks.values()), [], place(0.0))  # reasons alone: there is no scale
     count = round((high - low) / step)
     values = [low + step * index for index in range(count + 1)]
     digits = max(0, -math.floor(math.log10(step * (100 if percent else 1)) + 1e-9))

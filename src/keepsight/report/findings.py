@@ -9,6 +9,7 @@ from keepsight.report.metrics import write_difference
 from keepsight.results import Measurement, intervals
 from keepsight.results.changes import answer_difference
 from keepsight.results.intervals import Estimate
+from keepsight.results.points import FIDELITY
 
 Rows = tuple[Measurement | None, Measurement | None]
 WITHOUT = "without sinks"
@@ -18,7 +19,7 @@ WITHOUT = "without sinks"
 class Finding:
     """One number with an interval that either contains zero or does not."""
 
-    metric: str  # "probe_drop", "probe_accuracy", "gap" or "answer_accuracy"
+    metric: str  # "probe_drop", "probe_accuracy", "gap", "fidelity" or "answer_accuracy"
     label: str  # what it is of: a target, "gap", "answers", "answers to" a task
     value: float | None
     low: float | None
@@ -56,14 +57,23 @@ def difference(base: Run, before: Measurement, other: Run, after: Measurement) -
 
 
 def within(run: Run) -> list[Finding]:
-    """How one run changes from layer 0 to its middle layer: each probe (minus its drop) and the gap."""
+    """How one run changes from layer 0 to its middle layer: each probe (minus its drop) and the gap.
+
+    Fidelity, which needs neither labels nor masks, where these have no value.
+    """
     groups = target_groups([run])
     found = []
     for target in targets_of([run], "probe_drop"):
         series = run.headline("probe_drop", target)
         if series and (finding := _dropped(run, series, groups.get(target, ""))):
             found.append(_beside(finding, _dropped(run, series._replace(tokens=WITHOUT))))
-    return _by_group(found) + _gap(lambda series: (run.at(series, 0), run.at(series, run.middle)), (run, run))
+
+    def rows_at(series: Series) -> Rows:
+        return run.at(series, 0), run.at(series, run.middle)
+
+    found = _by_group(found) + _gap(rows_at, (run, run))
+    known = any(finding.value is not None for finding in found)
+    return found if known else found + _change(Series(FIDELITY), rows_at, (run, run), FIDELITY)
 
 
 def _dropped(run: Run, series: Series, group: str = "") -> Finding | None:
@@ -75,7 +85,10 @@ def _dropped(run: Run, series: Series, group: str = "") -> Finding | None:
 
 
 def between(base: Run, other: Run) -> list[Finding]:
-    """How `other` differs from `base`, each at its own middle layer: probes, gap, and answers."""
+    """How `other` differs from `base`, each at its own middle layer: probes, gap, and answers.
+
+    Fidelity where they share neither probe nor gap.
+    """
     runs = base, other
     groups = target_groups(runs)
 
@@ -88,6 +101,7 @@ def between(base: Run, other: Run) -> list[Finding]:
         if series:
             found += _change(series, rows_at, runs, target or "class", groups.get(target, ""))
     found = _by_group(found) + _gap(rows_at, runs)
+    found = found or _change(Series(FIDELITY), rows_at, runs, FIDELITY)
     for target in tasks_of(base):
         answers = Series("answer_accuracy", target)
         if pair := _pair(base.at(answers, None), other.at(answers, None)):

@@ -11,17 +11,22 @@ from keepsight.results import LoadedRun, RunDirectory
 ILLUSTRATION = "one seed: an illustration"
 
 _GROUP_WORDS = {NEVER_ASKED: "what no question asks about", ASKED: "what questions ask about"}
+# What is said of a metric whose two ends are told, and that it falls or rises.
+_VERBS = {
+    "gap": ("the {} between patches", "narrows", "widens"),
+    "fidelity": ("fidelity to the encoder's output", "falls", "rises"),
+}
 _LISTED = 4  # numbers in one bracket; the rest are counted
 
 
 def verdict(runs: Sequence[RunDirectory | LoadedRun], *, illustration: bool = False) -> str:
     """What the numbers show, in one sentence that can be quoted.
 
-    For one run: what linear probes lost from layer 0 to the middle layer, and how the patch gap changed. For
-    several: how each differs from the first at the middle layer. A difference counts as told when its 95 % interval
-    leaves zero out; where none does, the sentence says so. Runs that are compared on one seed each are called an
-    illustration, as is any run when `illustration` is set or its run.json lists one seed. Attributions are spoken of
-    where there is nothing else: how their r at the middle layer stands to zero.
+    For one run: what linear probes lost from layer 0 to the middle layer, and how the patch gap changed; without
+    labels and masks, fidelity. For several: how each differs from the first at the middle layer. A difference counts
+    as told when its 95 % interval leaves zero out; where none does, the sentence says so. Runs that are compared on one
+    seed each are called an illustration, as is any run when `illustration` is set or its run.json lists one seed.
+    Attributions are spoken of where there is nothing else: how their r at the middle layer stands to zero.
 
     Raises:
         ValueError: if `runs` is empty, or if one holds two rows for the same number.
@@ -53,11 +58,11 @@ def _one(run: Run) -> str:
     if not found and not run.depth and (texts := _answered(run)):
         return f"{run.label} answers right: {', '.join(texts)}"
     if not valued:
-        reason = found[0].text if found else "its rows hold neither a probe drop nor a patch gap"
+        reason = _nothing(found) if found else "its rows hold no probe drop, patch gap or fidelity at layer 0 and there"
         return f"Nothing can be said {place}: {reason}"
     told = [finding for finding in valued if finding.told]
     if not told:
-        return f"No change can be told {place}: every 95 % interval contains zero ({_listed(valued)})"
+        return f"No change can be told {place}: {_no_interval(valued)} ({_listed(valued)})"
     probes = [finding for finding in told if finding.metric == "probe_drop"]
     parts = []
     lost = _grouped([finding for finding in probes if (finding.value or 0) < 0])
@@ -66,10 +71,13 @@ def _one(run: Run) -> str:
     changes += [f"more {gained}" if lost else f"more than at the input {gained}"] if gained else []
     if changes:
         parts.append("linear probes read " + " and ".join(changes))
-    for gap in (finding for finding in told if finding.metric == "gap"):
-        ends = [write_number("gap", row.value) for row in (gap.before, gap.after) if row]
-        verb = "narrows" if (gap.value or 0) < 0 else "widens"
-        parts.append(f"the {gap.label} between patches {verb} from {ends[0]} to {ends[1]}, {_number(gap)}")
+    for finding in told:
+        if finding.metric not in _VERBS:
+            continue
+        ends = [write_number(finding.metric, row.value) for row in (finding.before, finding.after) if row]
+        what, *verbs = _VERBS[finding.metric]
+        verb = verbs[(finding.value or 0) > 0]
+        parts.append(f"{what.format(finding.label)} {verb} from {ends[0]} to {ends[1]}, {_number(finding)}")
     return f"B{place[1:]}, " + "; ".join(parts + _undecided(valued, "no change"))
 
 
@@ -90,13 +98,13 @@ def _two(base: Run, other: Run) -> str:
     # Runs that hold nothing but answers have no layers.
     layer = f" at the middle layer ({other.middle} of {other.depth})" if other.depth else ""
     if not found:
-        shared = "they share no probe, gap or answer rows"
+        shared = "they share no probe, gap, fidelity or answer rows"
         return f"Nothing can be said of {other.label} against {base.label}{layer}: {shared}"
     told = [finding for finding in found if finding.told]
     if not told:
         return (
-            f"No difference can be told between {other.label} and {base.label}{layer}: every 95 % interval "
-            f"contains zero ({_listed(found)})"
+            f"No difference can be told between {other.label} and {base.label}{layer}: {_no_interval(found)} "
+            f"({_listed(found)})"
         )
     probes = [finding for finding in told if finding.metric == "probe_accuracy"]
     parts = []
@@ -108,6 +116,9 @@ def _two(base: Run, other: Run) -> str:
         up = (finding.value or 0) > 0
         if finding.metric == "gap":
             parts.append(f"the {finding.label} between patches is {'wider' if up else 'narrower'}, {_number(finding)}")
+        elif finding.metric == "fidelity":
+            text = f"fidelity to the encoder's output is {'higher' if up else 'lower'}"
+            parts.append(f"{text}, {_number(finding)}")
         elif finding.metric == "answer_accuracy":
             parts.append(f"{finding.label} are {'better' if up else 'worse'}, {_number(finding)}")
     parts += _undecided(found, "no difference")
@@ -131,6 +142,19 @@ def _undecided(found: Sequence[Finding], nothing: str) -> list[str]:
     labels = [f"{finding.label} ({finding.caveat})" if finding.caveat else finding.label for finding in rest]
     names = " and ".join(filter(None, [", ".join(labels[:-1]), *labels[-1:]]))
     return [f"{nothing} can be told for {names}"] if rest else []
+
+
+def _nothing(found: Sequence[Finding]) -> str:
+    """Why no finding has a value: the first one's reason, with what it is of where there are several."""
+    if len(found) == 1:
+        return found[0].text
+    return f"{found[0].label}: {found[0].text}; nor of {len(found) - 1} more"
+
+
+def _no_interval(found: Sequence[Finding]) -> str:
+    """Why none of these is told; a number without an interval has none that could contain zero."""
+    every = all(finding.low is not None and finding.high is not None for finding in found)
+    return "every 95 % interval contains zero" if every else "no 95 % interval leaves zero out"
 
 
 def _listed(found: Sequence[Finding]) -> str:

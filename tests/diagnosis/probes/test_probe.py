@@ -12,6 +12,7 @@ from keepsight.diagnosis.probes.fit import standardise
 from keepsight.diagnosis.probes.logistic import objective, solve, solve_streamed, streamed_basis
 from keepsight.diagnosis.probes.probe import (
     L2_GRID,
+    Probe,
     drop_with_interval,
     fit_probes,
     probe_rows,
@@ -182,6 +183,20 @@ def test_constant_features_are_ignored():
     a = fit_probes(lambda layer: layers[layer], range(4), labels)
     b = fit_probes(lambda layer: with_constant[layer], range(4), labels)
     np.testing.assert_array_equal(a.correct, b.correct)
+
+
+def test_a_drop_whose_interval_has_no_end_has_none_and_says_why():
+    """9 of 20 right at layer 0, 7 above, 5 by chance: Wilson leaves chance out, some resamples do not."""
+    numbers = np.arange(20)
+    first, layer, majority = numbers < 9, numbers < 7, (numbers < 2) | (numbers > 16)
+    assert wilson(9, 20)[0] > 5 / 20
+    assert drop_with_interval(first, layer, majority, seed=0)[2] == np.inf
+    nothing = np.zeros(2)
+    probe = Probe([0, 2], numbers, nothing, nothing + 1, np.stack([first, layer]), np.zeros((2, 20), bool), majority)
+    for metric in ("probe_drop", "probe_worst_layer"):
+        (row,) = [row for row, _ in probe_rows(probe, target="t", middle=2, seed=0) if row.metric == metric]
+        assert (row.value, row.low, row.high) == (pytest.approx((9 - 7) / (9 - 5)), None, None)
+        assert "no interval: in resamples of the test images layer 0 is not above chance" in row.note
 
 
 class OnDisk:

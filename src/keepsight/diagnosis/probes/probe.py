@@ -245,8 +245,11 @@ def _drop_row(probe: Probe, metric: str, i: int, common: dict) -> tuple[Measurem
         )
         return Measurement(metric, None, layer=layer, note=note, **common), None
     value, low, high = drop_with_interval(first, probe.correct[i], probe.majority, common["seed"])
-    note = "layer chosen on validation, scored on test" if metric == "probe_worst_layer" else ""
-    row = Measurement(metric, value, layer=layer, low=low, high=high, note=note, **common)
+    notes = ["layer chosen on validation, scored on test"] if metric == "probe_worst_layer" else []
+    if not np.isfinite([low, high]).all():
+        low = high = float("nan")
+        notes.append("no interval: in resamples of the test images layer 0 is not above chance; give more images")
+    row = Measurement(metric, value, layer=layer, low=low, high=high, note="; ".join(notes), **common)
     # The ratio's linearisation, image by image.
     above = first.mean() - chance
     share = (first - first.mean()) - (probe.correct[i] - probe.correct[i].mean())
