@@ -138,6 +138,8 @@ def test_pictures_without_labels_and_masks_are_judged_by_fidelity() -> None:
     assert verdict([one, run("b", [nothing, fidelity(0.8)])]) == (
         "At the middle layer (4 of 8), b against a: fidelity to the encoder's output is higher, +0.200 [0.150, 0.250]."
     )
+    drop = Measurement("probe_drop", None, layer=4, target="texture", note="layer 0 is not above chance")
+    assert verdict([run("a", [*one.rows, drop])]).endswith("[−0.350, −0.250]; nothing can be said of texture.")
     assert "fidelity" not in verdict([run("a", [*one.rows, gap(0.9, 0.03, layer=0), gap(0.5, 0.04)])])
     assert "fidelity" not in verdict([run("a", [*one.rows, gap(0.5, 0.04)]), run("b", [fidelity(0.8), gap(0.6, 0.04)])])
 

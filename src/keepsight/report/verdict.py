@@ -78,7 +78,11 @@ def _one(run: Run) -> str:
         what, *verbs = _VERBS[finding.metric]
         verb = verbs[(finding.value or 0) > 0]
         parts.append(f"{what.format(finding.label)} {verb} from {ends[0]} to {ends[1]}, {_number(finding)}")
-    return f"B{place[1:]}, " + "; ".join(parts + _undecided(valued, "no change"))
+    parts += _undecided(valued, "no change")
+    if lacking := [finding.label for finding in found if finding.value is None]:
+        more = [f"{len(lacking) - _LISTED} more"] if len(lacking) > _LISTED else []
+        parts.append(f"nothing can be said of {', '.join(lacking[:_LISTED] + more)}")
+    return f"B{place[1:]}, " + "; ".join(parts)
 
 
 def _answered(run: Run) -> list[str]:
