@@ -192,7 +192,8 @@ def test_a_drop_whose_interval_has_no_end_has_none_and_says_why():
     assert wilson(9, 20)[0] > 5 / 20
     assert drop_with_interval(first, layer, majority, seed=0)[2] == np.inf
     nothing = np.zeros(2)
-    probe = Probe([0, 2], numbers, nothing, nothing + 1, np.stack([first, layer]), np.zeros((2, 20), bool), majority)
+    right, shuffled = np.stack([first, layer]), np.zeros((2, 20), dtype=bool)
+    probe = Probe([0, 2], numbers, nothing, nothing + 1, right, shuffled, nothing + 1, majority)
     for metric in ("probe_drop", "probe_worst_layer"):
         (row,) = [row for row, _ in probe_rows(probe, target="t", middle=2, seed=0) if row.metric == metric]
         assert (row.value, row.low, row.high) == (pytest.approx((9 - 7) / (9 - 5)), None, None)

@@ -84,11 +84,11 @@
     if (chance) annotations.push({ x: depth, xanchor: "right", y: chance.y[0] * scale, yanchor: "bottom", text: "chance", showarrow: false, font: { size: 11, color: colour("--faint") } });
     const range = panel.range || (panel.shared && sharedRange ? sharedRange.map((value) => value * scale) : undefined);
     if (panel.range) shapes.push(attribution.mark());
-    const nothing = view.lines.every((line) => line.y.every((value) => !value)); // else the axis would reach below 0
+    const nothing = view.lines.every((line) => line.y.every((value) => !value)); // left to itself the axis has 0 halfway
     return {
       ...frame(target), shapes, annotations, hovermode: "x unified",
       xaxis: { ...axis(), range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: "layer", font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: "layer %{x}" } },
-      yaxis: { ...axis(), range, rangemode: nothing ? "nonnegative" : "normal", zeroline: Boolean(panel.range), zerolinecolor: colour("--faint"), zerolinewidth: 1, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
+      yaxis: { ...axis(), range: range || (nothing ? [-0.06, 1] : undefined), zeroline: Boolean(panel.range), zerolinecolor: colour("--faint"), zerolinewidth: 1, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
     };
   }
 
