@@ -134,6 +134,22 @@ def test_bad_input_is_named(arguments, said, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["./typo"], "the model './typo' does not exist"),
+        (["--prune-keep", "0.5", "--prune-layer", "99"], "layer 99 does not exist"),
+        (["--prune-keep", "5"], "keep is 5.0; allowed: a share"),
+    ],
+)
+def test_a_start_that_fails_does_not_take_the_folder(wrong, said, model, tasks, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["evaluate", *([] if wrong[0] == "./typo" else [model]), *wrong]
+    assert cli.main([*command, "--tasks", tasks[0], "--out", str(out)]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_two_processes_answer_like_one(model, tasks, tmp_path):
     command = ["-m", "keepsight", "evaluate", model, "--tasks", tasks[0], "--max-new-tokens", "2", "--batch-size", "2"]

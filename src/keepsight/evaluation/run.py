@@ -104,18 +104,20 @@ def evaluate(
         for batch in tracked(batches, "questions", progress, len(batches)):
             answers.add(batch, answerer.answer([questions[position] for position in batch]))
             done(len(batch))
-    return assemble(questions, answers.gather(), left_out)
+    return assemble(questions, answers.gather(), left_out, tried=choices == "likelihood")
 
 
-def assemble(questions: Sequence[Question], answers: dict[int, Answer], left_out: dict[int, str]) -> Evaluation:
-    """Records and rows from answers by position.
+def assemble(
+    questions: Sequence[Question], answers: dict[int, Answer], left_out: dict[int, str], tried: bool = False
+) -> Evaluation:
+    """Records and rows from answers by position; tried: of questions with choices, the likeliest was taken.
 
     Raises:
         NothingAskedError: if nothing was answered.
     """
     left_out = left_out | {position: answer.refused for position, answer in answers.items() if answer.refused}
     records = [
-        Record(questions[position], answer.text, score(questions[position], answer.text), answer.cut)
+        Record(questions[position], answer.text, score(questions[position], answer.text, tried), answer.cut)
         for position, answer in sorted(answers.items())
         if position not in left_out
     ]
