@@ -170,6 +170,14 @@ def test_no_yes_anywhere_has_no_f1():
     assert (row.value, row.note) == (None, "neither the answers nor the truth has a yes")
 
 
+def test_an_f1_that_no_picture_varies_claims_no_certainty():
+    questions = [Question("is it ?", "yes", picture=picture) for picture in range(3)]
+    for said, value in (("no", 0.0), ("yes", 1.0)):
+        rows, _ = rows_of([Record(question, said, value) for question in questions])
+        (row,) = [row for row in rows if row.metric == "answer_f1"]
+        assert (row.value, row.low, row.high, row.note) == (value, None, None, "no interval: all clusters agree")
+
+
 def test_pairs_are_right_where_both_are():
     def record(pair: int, right: bool) -> Record:
         return Record(Question("q", "a", pair=pair), "a" if right else "b", float(right))

@@ -191,7 +191,10 @@ class _Collector:
         found = mean_interval(ratio_shares(*sums))
         low, high = (None if end is None else min(1.0, max(0.0, end)) for end in (found.low, found.high))
         value = float(sums[0].sum() / sums[1].sum())
-        row = Measurement(metric, value, low=low, high=high, n=len(above), unit="questions", target=target)
+        note = ""
+        if low == high and low is not None:
+            low, high, note = None, None, "no interval: all clusters agree"
+        row = Measurement(metric, value, low=low, high=high, n=len(above), unit="questions", target=target, note=note)
         self._add(row, above, below, clusters)
 
     def _sums(self, values: np.ndarray, clusters: Sequence[tuple[str, Hashable]]) -> tuple[np.ndarray, np.ndarray]:
