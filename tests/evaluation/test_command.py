@@ -92,6 +92,8 @@ def test_a_task_that_cannot_be_asked_does_not_lose_the_other(model, tasks, tmp_p
     run = RunDirectory.open(out)
     assert (list(run.info["unreached"]), run.info["finished"]) == (["bad"], False)
     assert {record.task for record in run.read_answers()} == {"one"}
+    # Named as they will be when the other is reached.
+    assert {row.target for row in run.read_rows()} == {"one", "one, colour", "one, yes"}
     Image.new("RGB", (16, 16)).save(tmp_path / "gone.png")
     assert cli.main([*command, str(bad), tasks[0], "--resume"]) == 0
     assert {record.task for record in run.read_answers()} == {"bad", "one"}

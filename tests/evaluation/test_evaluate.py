@@ -320,6 +320,10 @@ def test_stopped_and_gone_on(vlm, tmp_path, monkeypatch):
     assert all(line.endswith("}") for line in file.read_text().splitlines())
     with pytest.raises(ValueError, match="is not among the questions asked now, or has another text"):
         evaluate(model, processor, [Question("other ?", "a")], journal=tmp_path / "j")
+    listed = [Question("q ?", "a", choices=("a", "b"))]
+    evaluate(model, processor, listed, max_new_tokens=1, journal=tmp_path / "c")
+    with pytest.raises(ValueError, match="another text or other choices"):  # "A" would be another answer
+        evaluate(model, processor, [Question("q ?", "a", choices=("b", "a"))], journal=tmp_path / "c")
 
 
 @pytest.mark.slow

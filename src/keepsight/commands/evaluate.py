@@ -214,7 +214,7 @@ def _finish(run: Any, config: EvaluateConfig, asked: _Asked, weights: str, names
     from keepsight.vlm.load import model_folder
 
     def target(task: str, kind: str) -> str:
-        return target_of(task, kind, 2 if names else len(asked.found))
+        return target_of(task, kind, 2 if names else len(asked.questions))  # also where one was not reached
 
     counts: Counter[str] = Counter()
     rows, parts = [], []

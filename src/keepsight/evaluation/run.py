@@ -148,7 +148,7 @@ class Journal:
     def __init__(self, folder: Path | None, questions: Sequence[Question], shared: bool = False) -> None:
         self.folder, self.shared = folder, shared
         self.names = [identity(question, position) for position, question in enumerate(questions)]
-        self.texts = [question.question for question in questions]
+        self.texts = ["\n".join([question.question, *question.choices]) for question in questions]  # what was asked
         self.known: dict[int, Answer] = {}
         self._synced = 0.0  # when the disk last had everything
         if folder is not None:
@@ -199,7 +199,7 @@ class Journal:
                 if position is None or self.texts[position] != entry["question"]:
                     raise ValueError(
                         f"'{path}', line {number}: question {entry['id']!r} is not among the questions asked now, or "
-                        "has another text. Go on with the questions it was started with, or choose another folder"
+                        "has another text or other choices. Go on with the questions it was started with, or choose another folder"
                     )
                 answer = Answer(entry["text"], entry["cut"], entry["refused"])
                 if not answer.refused or (refused and position not in found):
