@@ -176,7 +176,7 @@ def test_made_as_lmms_eval_makes_it_with_an_adapter_and_pruning(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_multiple_choice_task_takes_the_likeliest_choice_and_counts_what_cannot_be_asked(tiny, tmp_path):
+def test_a_multiple_choice_task_takes_the_likeliest_choice(tiny, tmp_path):
     rows = [{"q": "what color ?", "choices": ["red", "what"], "gold": gold} for gold in (0, 1)]
     rows.append({"q": "red", "choices": ["red", "what " * 300], "gold": 0})  # its second choice is too long to be asked
     (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
