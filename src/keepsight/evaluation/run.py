@@ -199,8 +199,8 @@ class Journal:
                 if position is None or self.texts[position] != entry["question"]:
                     raise ValueError(
                         f"'{path}', line {number}: question {entry['id']!r} is not among the questions asked now, or "
-                        "has another text or other choices. Go on with the questions it was started with, or choose another "
-                        "folder"
+                        "has another text or other choices. Go on with the questions it was started with, or choose "
+                        "another folder"
                     )
                 answer = Answer(entry["text"], entry["cut"], entry["refused"])
                 if not answer.refused or (refused and position not in found):
