@@ -92,6 +92,8 @@ def test_a_task_that_cannot_be_asked_does_not_lose_the_other(model, tasks, tmp_p
     run = RunDirectory.open(out)
     assert (list(run.info["unreached"]), run.info["finished"]) == (["bad"], False)
     assert {record.task for record in run.read_answers()} == {"one"}
+    # Named as they will be when the other is reached.
+    assert {row.target for row in run.read_rows()} == {"one", "one, colour", "one, yes"}
     Image.new("RGB", (16, 16)).save(tmp_path / "gone.png")
     assert cli.main([*command, str(bad), tasks[0], "--resume"]) == 0
     assert {record.task for record in run.read_answers()} == {"bad", "one"}
@@ -132,6 +134,22 @@ def test_bad_input_is_named(arguments, said, tmp_path, capsys, monkeypatch):
     assert cli.main(["evaluate", "model", *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["./typo"], "the model './typo' does not exist"),
+        (["--prune-keep", "0.5", "--prune-layer", "99"], "layer 99 does not exist"),
+        (["--prune-keep", "5"], "keep is 5.0; allowed: a share"),
+    ],
+)
+def test_a_start_that_fails_does_not_take_the_folder(wrong, said, model, tasks, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["evaluate", *([] if wrong[0] == "./typo" else [model]), *wrong]
+    assert cli.main([*command, "--tasks", tasks[0], "--out", str(out)]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.slow

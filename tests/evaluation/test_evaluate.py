@@ -3,14 +3,16 @@ import torch
 from PIL import Image
 from scipy.stats import norm
 
-from keepsight.evaluation import Question, evaluate, text_only_prior
+from keepsight.evaluation import Question, evaluate, keep, text_only_prior
+from keepsight.evaluation.questions import PictureFile
 from keepsight.evaluation.scoring import interval, normalise
+from keepsight.results import RunDirectory
 from keepsight.testbed import models
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.scenes import draw_scenes
 from keepsight.vlm.pruning import Pruning
-from tests.tiny import llava
-from tests.tiny_processors import make_llava
+from tests.tiny import llava, qwen2_5_vl
+from tests.tiny_processors import make_llava, make_qwen
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,15 @@ def test_normalise():
     assert normalise("Three") == normalise("3") == "3"
     assert normalise("a  red\nball!") == "red ball"
     assert normalise("anthem") == "anthem"
+    assert normalise("1,000 men") == "1000 men"
+    assert normalise("1, 2") == normalise("1,2") == "1 2"
+    assert normalise("-5 °C") == normalise("\u22125 C") == "minus 5 c"
+    assert normalise("3-5") == "3 5"
+    assert normalise("A.") == normalise("a") == "a"
+    assert normalise("+") == "+"
+    assert normalise("") == ""
+    assert normalise("re\u0301d") == normalise("r\u00e9d") != normalise("red")
+    assert normalise("\u0915\u093f") != normalise("\u0915\u093e")  # Hindi ki and ka: only the vowel sign differs
 
 
 def test_prior_by_hand():
@@ -214,6 +225,10 @@ def test_what_goes_wrong_costs_its_question_only(vlm, tmp_path):
         Question("red " * (limit + 10), "red", choices=("red", "blue")),
         Question("what color ?", "", id="empty"),
         Question("what color ?", "1", choices=[str(number) for number in range(28)]),
+        Question("what color ?", [], id="none"),
+        Question("what color ?", "red", choices=("<image>", "red"), id="mark"),
+        Question("what color ?", "red", image=PictureFile("A" * 5000, tmp_path), id="base64"),
+        Question("what color ?", "red", image=5, id="number"),
     ]
     result = evaluate(model, processor, questions, max_new_tokens=1)
     assert len(result.records) == 1
@@ -223,10 +238,47 @@ def test_what_goes_wrong_costs_its_question_only(vlm, tmp_path):
         assert result.left_out[position].endswith(f"tokens with its pictures; the model's context is {limit}")
     assert result.left_out[5] == "the right answer is empty"
     assert result.left_out[6] == "it has 28 choices, and letters for 26; ask by likelihood (choices)"
-    assert result.counts["questions left out"] == 6
+    assert result.left_out[7] == "the right answer is empty"
+    assert result.left_out[8] == "it has 1 <image> and 0 pictures; as many are needed"
+    assert "File name too long" in result.left_out[9]
+    assert len(result.left_out[9]) < 600
+    assert "its picture cannot be read (AttributeError: 'int' object" in result.left_out[10]
+    assert result.counts["questions left out"] == 10
+    run = RunDirectory.create(tmp_path / "run", label="x", kind="evaluation")
+    keep(run, {"one": questions}, {"one": result})
+    assert [record.left_out == "" for record in run.read_answers()] == [True] + [False] * 10
     assert result.counts["answers cut off by max_new_tokens"] == 1
     with pytest.raises(ValueError, match="none of the 1 questions can be asked; the first: the right answer is empty"):
         evaluate(model, processor, questions[5:6])
+
+
+def test_a_picture_that_the_processor_refuses_costs_its_question_only():
+    """Qwen's refuses what is more than 200 times as wide as high."""
+    model, processor = qwen2_5_vl()[0], make_qwen()
+    fine = [Question("what color ?", "red", Image.new("RGB", (16, 16), colour)) for colour in ("red", "blue")]
+    narrow = Image.new("RGB", (3000, 8))
+    wrong = [Question("what ?", "red", narrow), Question("what ?", "red", narrow, choices=("red", "blue"))]
+    alone = evaluate(model, processor, fine, max_new_tokens=2, batch_size=1)
+    for choices in ("generation", "likelihood"):
+        result = evaluate(model, processor, [fine[0], *wrong, fine[1]], max_new_tokens=2, choices=choices)
+        assert [r.prediction for r in result.records] == [r.prediction for r in alone.records]
+        assert list(result.left_out) == [1, 2]
+        assert "processor does not take it (ValueError: absolute aspect ratio must be" in result.left_out[2]
+
+
+def test_choices_may_be_pictures(vlm):
+    model, processor = vlm
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    question = Question("which one is red ?", "A", [red, blue], choices=("<image>", "<image> "))
+    assert len(evaluate(model, processor, [question], max_new_tokens=1).records) == 1
+    with pytest.raises(ValueError, match="pictures as choices are asked by generation only"):
+        evaluate(model, processor, [question], max_new_tokens=1, choices="likelihood")
+
+
+def test_no_room_for_the_answer_is_not_a_long_question(vlm):
+    model, processor = vlm
+    with pytest.raises(ValueError, match=r"it has \d+ tokens with its pictures, with 9000 more for the answer"):
+        evaluate(model, processor, [Question("what color ?", "red")], max_new_tokens=9000)
 
 
 def test_an_end_is_no_cut_and_an_empty_answer_is_counted(vlm, monkeypatch):
@@ -268,6 +320,10 @@ def test_stopped_and_gone_on(vlm, tmp_path, monkeypatch):
     assert all(line.endswith("}") for line in file.read_text().splitlines())
     with pytest.raises(ValueError, match="is not among the questions asked now, or has another text"):
         evaluate(model, processor, [Question("other ?", "a")], journal=tmp_path / "j")
+    listed = [Question("q ?", "a", choices=("a", "b"))]
+    evaluate(model, processor, listed, max_new_tokens=1, journal=tmp_path / "c")
+    with pytest.raises(ValueError, match="another text or other choices"):  # "A" would be another answer
+        evaluate(model, processor, [Question("q ?", "a", choices=("b", "a"))], journal=tmp_path / "c")
 
 
 @pytest.mark.slow

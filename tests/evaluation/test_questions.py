@@ -33,6 +33,13 @@ def test_fields(tmp_path):
     assert (four.answers, four.images, four.picture) == (("3",), (), None)
 
 
+def test_half_a_character_is_replaced(tmp_path):
+    (one,) = load_questions(
+        write(tmp_path / "q.jsonl", '{"question": "what \\ud800 \\ud83d\\ude00 ?", "answer": "\\u00e9"}')
+    )
+    assert (one.question, one.answer) == ("what \ufffd \U0001f600 ?", "\u00e9")
+
+
 def test_a_data_set_of_pictures():
     picture = Image.new("RGB", (4, 4))
     (found,) = load_questions([{"question": "what ?", "answer": "cat", "image": picture, "id": None}])
@@ -52,6 +59,13 @@ def test_a_data_set_of_pictures():
             {"question": "q", "answer": 5, "choices": ["a", "b"]},
             r"the answer is position 5; there are 2 choices, from 0",
         ),
+        (
+            {"question": "q", "answer": "A", "choices": {"A": "x", "B": "y"}},
+            r"choices are a list of texts; got \"\{'A'",
+        ),
+        ({"question": "q", "answer": "a", "choices": "abc"}, r"choices are a list of texts; got 'abc'"),
+        ({"question": "q", "answer": "a", "pair": [1]}, r"pair is a name, a text or a number; got '\[1\]'"),
+        ({"question": "q", "answer": "a", "picture": {"x": 1}}, r"picture is a name, a text or a number; got"),
         ({"question": "q", "answer": {"a": 1}}, r"question, answer and choices are texts; got \{'a': 1\}"),
         (
             {"question": "q", "answer": "a", "score": "bleu"},

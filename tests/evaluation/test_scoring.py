@@ -34,6 +34,8 @@ CHOICES = ("a cat", "two dogs", "a cat and a dog")
         ("a bird", None),
         ("", None),
         ("D", None),
+        ("B\n\nThere are two.", 1),
+        ("The correct option is C", 2),
     ],
 )
 def test_chosen(said, place):
@@ -70,6 +72,29 @@ def test_other_scores():
     assert score(Question("which ?", "Two dogs", choices=CHOICES), "A") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("A", ""), ("A", "The."), ("+", "-"), ("-5", "5"), ("5", "-5")],
+)
+def test_what_normalises_to_little_is_not_the_same(right, wrong):
+    question = Question("q", right, score="exact")
+    assert (score(question, right), score(question, wrong)) == (1.0, 0.0)
+
+
+def test_choices_that_differ_by_signs():
+    for choices in (("1", "-1"), ("+", "-"), ("$5", "5%"), ("re\u0301d", "red")):
+        assert [chosen(choice, choices) for choice in choices] == [0, 1]
+    assert chosen("it is 5", ("$5", "5%")) is None
+
+
+def test_a_tried_choice_is_taken_as_it_is():
+    """Among the choices "b" and "a" the text "a" is the second, and as a letter the first."""
+    question = Question("which comes first ?", "a", choices=("b", "a"))
+    assert question.right_choice() == 1
+    assert (score(question, "a"), score(question, "a", tried=True)) == (0.0, 1.0)
+    assert score(question, "b", tried=True) == 0.0
+
+
 @pytest.mark.parametrize("count", [26, 27, 28, 29, 70])
 def test_many_choices_have_letters_to_z(count):
     many = [f"thing{number}" for number in range(count)]
@@ -89,6 +114,8 @@ def test_many_choices_have_letters_to_z(count):
         ),
         (Question("q", "a", choices=("a", " ")), "choice 2 is empty"),
         (Question("q", "a", score="choice"), "it is scored by choice and has no choices"),
+        (Question("q", "red", score="yes_no"), "it is scored by yes or no, and its answer is 'red'"),
+        (Question("q", "a", choices=("a", "<image>")), "it has 1 <image> and 0 pictures; as many are needed"),
         (Question("<image> q", "a"), "it has 1 <image> and 0 pictures; as many are needed"),
         (Question("<image> q", "a", image=["x.png", "y.png"]), "it has 1 <image> and 2 pictures; as many are needed"),
     ],
@@ -141,6 +168,14 @@ def test_no_yes_anywhere_has_no_f1():
     rows, _ = rows_of([Record(question, "no", 1.0)] * 3)
     (row,) = [row for row in rows if row.metric == "answer_f1"]
     assert (row.value, row.note) == (None, "neither the answers nor the truth has a yes")
+
+
+def test_an_f1_that_no_picture_varies_claims_no_certainty():
+    questions = [Question("is it ?", "yes", picture=picture) for picture in range(3)]
+    for said, value in (("no", 0.0), ("yes", 1.0)):
+        rows, _ = rows_of([Record(question, said, value) for question in questions])
+        (row,) = [row for row in rows if row.metric == "answer_f1"]
+        assert (row.value, row.low, row.high, row.note) == (value, None, None, "no interval: all clusters agree")
 
 
 def test_pairs_are_right_where_both_are():

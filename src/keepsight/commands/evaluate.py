@@ -78,13 +78,16 @@ class EvaluateConfig:
         stems = [*(Path(task).stem for task in own), *named]
         if len(set(stems)) < len(stems):
             raise ValueError(f"tasks holds two of one name ({', '.join(stems)}); rename a file.")
+        _ = self.pruning  # says what means nothing
 
     @property
     def pruning(self) -> Any:
         """What is pruned, or None."""
+        if self.prune_keep is None:
+            return None
         from keepsight.vlm.pruning import Pruning
 
-        return None if self.prune_keep is None else Pruning(self.prune_layer, self.prune_keep, self.prune_by)
+        return Pruning(self.prune_layer, self.prune_keep, self.prune_by)
 
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
@@ -117,19 +120,25 @@ def main(arguments: Sequence[str]) -> int:
     from keepsight.evaluation import keep
     from keepsight.processes import barrier, rank
     from keepsight.results import fingerprint
+    from keepsight.vlm import Vlm
     from keepsight.vlm.load import load_model
+    from keepsight.vlm.pruning import pruned
 
     own, names = harness.split_tasks(config.tasks)
     asked = _Asked(_own_questions(own, config))
     manager, why = harness.check(names, config.include_path) if names else (None, "")
     if why and not own:
-        raise ImportError(f"{', '.join(names)} cannot be run: {why}")
-    run = _open(config) if rank() == 0 else None
-    barrier()
+        raise ImportError(f"{', '.join(names)} cannot be run: {why}; and there is no file so called")
+    found = _found(config) if rank() == 0 else None
     quiet()
     device = device_named(config.device)
     model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
     model.to(device)
+    if config.pruning is not None:
+        with pruned(Vlm(model), config.pruning):  # where it cannot be, nothing is left behind
+            pass
+    run = (found or _created(config)) if rank() == 0 else None
+    barrier()
     _ask_own(asked, model, processor, config, alone=len(own) + len(names) == 1)
     if why:
         asked.unreached |= dict.fromkeys(names, why)
@@ -205,7 +214,7 @@ def _finish(run: Any, config: EvaluateConfig, asked: _Asked, weights: str, names
     from keepsight.vlm.load import model_folder
 
     def target(task: str, kind: str) -> str:
-        return target_of(task, kind, 2 if names else len(asked.found))
+        return target_of(task, kind, 2 if names else len(asked.questions))  # also where one was not reached
 
     counts: Counter[str] = Counter()
     rows, parts = [], []
@@ -246,8 +255,8 @@ def _tell(run: Any, asked: _Asked) -> None:
         console.print("The same command with --resume tries these again; the others are kept.", style="yellow")
 
 
-def _open(config: EvaluateConfig) -> Any:
-    """A new run, or the one to go on with.
+def _found(config: EvaluateConfig) -> Any:
+    """The run to go on with, or None where one can be started; nothing is made yet, for the model may not load.
 
     Raises:
         FileExistsError: the folder holds a run or other files.
@@ -255,19 +264,25 @@ def _open(config: EvaluateConfig) -> Any:
     """
     from keepsight.results import RUN_FILE, RunDirectory
 
-    label = config.label or Path(config.model).name
-    if config.resume and (Path(config.out) / RUN_FILE).is_file():
-        run = RunDirectory.open(config.out)
-        changes = run.changes(config, _FREE)
-        if run.kind != "evaluation" or changes:
-            raise ValueError(
-                f"'{config.out}' cannot be gone on with: it "
-                + (f"was started with other settings ({changes})" if changes else f"is a {run.kind} run")
-                + ". Use the command it was started with, or choose another folder."
-            )
-        if not (run.path / "config.yaml").is_file():  # stopped before it was written
-            run.write_config(config)
-        return run
-    run = RunDirectory.create(config.out, label=label, kind="evaluation")
+    if not (config.resume and (Path(config.out) / RUN_FILE).is_file()):
+        RunDirectory.check(config.out, kind="evaluation")
+        return None
+    run = RunDirectory.open(config.out)
+    changes = run.changes(config, _FREE)
+    if run.kind != "evaluation" or changes:
+        raise ValueError(
+            f"'{config.out}' cannot be gone on with: it "
+            + (f"was started with other settings ({changes})" if changes else f"is a {run.kind} run")
+            + ". Use the command it was started with, or choose another folder."
+        )
+    if not (run.path / "config.yaml").is_file():  # stopped before it was written
+        run.write_config(config)
+    return run
+
+
+def _created(config: EvaluateConfig) -> Any:
+    from keepsight.results import RunDirectory
+
+    run = RunDirectory.create(config.out, label=config.label or Path(config.model).name, kind="evaluation")
     run.write_config(config)
     return run

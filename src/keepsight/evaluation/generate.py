@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from keepsight.evaluation.questions import LETTERS, PLACEHOLDER, Question
-from keepsight.images import ImageError, open_image
+from keepsight.images import open_image
 from keepsight.training.spans import image_markers
 from keepsight.vlm.chat import special_tokens
 
@@ -24,8 +24,8 @@ class Answer:
     refused: str = ""
 
 
-class ContextError(ValueError):
-    """A question that is longer than the model's context."""
+class ImpossibleError(ValueError):
+    """A question that the processor does not take, or that is longer than the model's context."""
 
 
 class Answerer:
@@ -55,19 +55,27 @@ class Answerer:
         for position, question in enumerate(questions):
             try:
                 pictures.append(self._pictures(question))
-            except (ImageError, ValueError) as error:
+            except Exception as error:  # of a picture, anything: it may come from a function
                 pictures.append([])
-                answers[position] = Answer(refused=str(error))
+                other = f"its picture cannot be read ({type(error).__name__}: {error})"
+                # A path may be a whole picture in base64.
+                answers[position] = Answer(refused=_cut(str(error) if isinstance(error, ValueError) else other))
         while True:
             asked = [i for i, answer in enumerate(answers) if answer is None]
             listed = [i for i in asked if not self._by_likelihood(questions[i])]
             if not listed:
                 break
-            prompts = [self._prompt(questions[i], True) for i in listed]
-            batch = self._batch(prompts, [pictures[i] for i in listed])
+            try:
+                prompts = [self._prompt(questions[i], True) for i in listed]
+                batch = self._batch(prompts, [pictures[i] for i in listed])
+            except ImpossibleError as error:
+                for i in listed:  # each by itself, so that only those are lost which are to blame
+                    alone = len(listed) == 1
+                    answers[i] = Answer(refused=str(error)) if alone else self.answer([questions[i]])[0]
+                continue
             long = self._too_long(batch, self.max_new_tokens)
             for row, length in long.items():
-                answers[listed[row]] = self._refuse(length)
+                answers[listed[row]] = Answer(refused=self._longer(length, self.max_new_tokens))
             if not long:
                 for i, found in zip(listed, self._generate(batch), strict=True):
                     answers[i] = found
@@ -84,8 +92,10 @@ class Answerer:
                 f"it has {len(question.choices)} choices, and letters for {LETTERS}; ask by likelihood (choices)"
             )
         for marker in self.markers:
-            if marker in question.question:
+            if any(marker in text for text in (question.question, *question.choices)):
                 raise ValueError(f"its text holds the model's image token {marker!r}; write {PLACEHOLDER}")
+        if self._by_likelihood(question) and any(PLACEHOLDER in choice for choice in question.choices):
+            raise ValueError(f"a choice holds {PLACEHOLDER}; pictures as choices are asked by generation only")
         sources = [(source() if callable(source) else source, source) for source in question.images]
         return [open_image(found, str(name), "Repair it, or leave its questions out.") for found, name in sources]
 
@@ -106,24 +116,34 @@ class Answerer:
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def _batch(self, prompts: Sequence[str], pictures: Sequence[list[Any]]) -> Any:
-        """Padded on the left, so that an answer does not depend on what it shares a batch with."""
+        """Padded on the left, so that an answer does not depend on what it shares a batch with.
+
+        Raises:
+            ImpossibleError: the processor does not take one of them, such as a picture that is far too narrow.
+        """
         flat = [picture for one in pictures for picture in one]
         nested = flat if all(len(one) == 1 for one in pictures) else [one for one in pictures if one]
-        return self.processor(
-            text=list(prompts),
-            images=nested or None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            **special_tokens(self.processor, prompts[0]),
-        )
+        try:
+            return self.processor(
+                text=list(prompts),
+                images=nested or None,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                **special_tokens(self.processor, prompts[0]),
+            )
+        except Exception as cause:  # families refuse in as many ways
+            why = f"the model's processor does not take it ({type(cause).__name__}: {cause})"
+            raise ImpossibleError(_cut(why)) from cause
 
     def _too_long(self, batch: Any, more: int) -> dict[int, int]:
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         return {row: n for row, n in enumerate(lengths) if self.longest is not None and n + more > self.longest}
 
-    def _refuse(self, length: int) -> Answer:
-        return Answer(refused=f"it has {length} tokens with its pictures; the model's context is {self.longest}")
+    def _longer(self, length: int, more: int) -> str:
+        fits = self.longest is not None and length <= self.longest
+        room = f", with {more} more for the answer (max_new_tokens)" if fits else ""
+        return f"it has {length} tokens with its pictures{room}; the model's context is {self.longest}"
 
     def _generate(self, batch: Any) -> list[Answer]:
         batch = batch.to(self.model.device, dtype=self.model.dtype)
@@ -138,7 +158,7 @@ class Answerer:
     def _likeliest(self, question: Question, pictures: list[Any]) -> Answer:
         try:
             found = self._losses(self._prompt(question, False), question.choices, pictures)
-        except ContextError as error:
+        except ImpossibleError as error:
             return Answer(refused=str(error))
         return Answer(question.choices[min(range(len(found)), key=lambda i: found[i][0])])
 
@@ -159,7 +179,7 @@ class Answerer:
         counts = [len(ids) - _shared(ids, start) for ids in own]
         batch = self._batch(texts, [pictures] * len(texts))
         if long := self._too_long(batch, 0):
-            raise ContextError(self._refuse(max(long.values())).refused)
+            raise ImpossibleError(self._longer(max(long.values()), 0))
         batch = batch.to(self.model.device, dtype=self.model.dtype)
         logits = self.model(**batch, logits_to_keep=max(counts) + 1, use_cache=False).logits
         found = []
@@ -169,6 +189,10 @@ class Answerer:
             greedy = bool((said.argmax(dim=-1) == tokens[:, 0]).all())
             found.append((-float(said.gather(1, tokens).mean()), greedy))
         return found
+
+
+def _cut(reason: str, most: int = 500) -> str:
+    return reason if len(reason) <= most else reason[:most] + "…"
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

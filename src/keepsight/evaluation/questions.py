@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Question:
             return "choice"
         if len(self.answers) > 1:
             return "vqa"
-        return "yes_no" if self.answers[0].strip().lower().rstrip(".") in ("yes", "no") else "exact"
+        return "yes_no" if self.answers and self.answers[0].strip().lower().rstrip(".") in ("yes", "no") else "exact"
 
     def check(self) -> None:
         """Raise a QuestionError if it cannot be asked or scored."""
@@ -87,7 +88,9 @@ class Question:
             self.right_choice()
         elif self.score == "choice":
             raise QuestionError("it is scored by choice and has no choices")
-        marks = self.question.count(PLACEHOLDER)
+        if self.score == "yes_no" and yes_or_no(self.answers[0]) is None:
+            raise QuestionError(f"it is scored by yes or no, and its answer is {self.answers[0]!r}")
+        marks = sum(text.count(PLACEHOLDER) for text in (self.question, *self.choices))
         if marks and marks != len(self.images):
             raise QuestionError(f"it has {marks} {PLACEHOLDER} and {len(self.images)} pictures; as many are needed")
 
@@ -105,6 +108,12 @@ class Question:
         if len(letter) == 1 and 0 <= (place := ord(letter) - ord("A")) < len(self.choices):
             return place
         raise QuestionError(f"the answer {said!r} is none of the choices {list(self.choices)}, nor the letter of one")
+
+
+def yes_or_no(text: str) -> bool | None:
+    """The first of the words yes and no; None where neither is there."""
+    word = re.search(r"\b(yes|no)\b", text.lower())
+    return None if word is None else word[1] == "yes"
 
 
 def load_questions(source: Any, image_folder: str | Path | None = None) -> list[Question]:
@@ -144,7 +153,11 @@ def load_questions(source: Any, image_folder: str | Path | None = None) -> list[
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        found = json.loads(line)
+        if "\\u" in line:  # it may hold half a character ("\\ud800"), which neither a tokenizer nor a file takes
+            whole = json.dumps(found, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            found = json.loads(whole.decode("utf-16", "replace"))
+        return found
     except json.JSONDecodeError as cause:
         raise ValueError(f"{where}: this line is not JSON ({cause.msg}); write one object a line") from cause
 
@@ -163,6 +176,11 @@ def _question(entry: Any, where: str, folder: Path | None, number: int) -> Quest
         if name not in given:
             raise ValueError(f"{where}: {name!r} is missing; it has the fields {sorted(map(str, entry))}")
     choices = given.get("choices") or ()
+    if not isinstance(choices, (list, tuple)):
+        raise ValueError(f"{where}: choices are a list of texts; got {str(choices)[:60]!r}")
+    for name in ("picture", "pair"):
+        if not isinstance(given.get(name), str | int | float | None):
+            raise ValueError(f"{where}: {name} is a name, a text or a number; got {str(given[name])[:60]!r}")
     answer = given["answer"]
     if isinstance(answer, int) and not isinstance(answer, bool) and choices:
         if not 0 <= answer < len(choices):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from keepsight.evaluation.questions import Question, identity
 from keepsight.evaluation.run import Evaluation
-from keepsight.images import ImageError, open_image
+from keepsight.images import open_image
 from keepsight.results import AnswerRecord, RunDirectory
 
 
@@ -54,7 +54,7 @@ def _pictures(task: str, questions: Sequence[Question]) -> Iterator[tuple[str, s
                 seen.add(name)
                 try:
                     image = open_image(source() if callable(source) else source, name)
-                except ImageError:
+                except Exception:  # as wide as where it was asked
                     continue
                 yield task, name, image
 

@@ -104,18 +104,20 @@ def evaluate(
         for batch in tracked(batches, "questions", progress, len(batches)):
             answers.add(batch, answerer.answer([questions[position] for position in batch]))
             done(len(batch))
-    return assemble(questions, answers.gather(), left_out)
+    return assemble(questions, answers.gather(), left_out, tried=choices == "likelihood")
 
 
-def assemble(questions: Sequence[Question], answers: dict[int, Answer], left_out: dict[int, str]) -> Evaluation:
-    """Records and rows from answers by position.
+def assemble(
+    questions: Sequence[Question], answers: dict[int, Answer], left_out: dict[int, str], tried: bool = False
+) -> Evaluation:
+    """Records and rows from answers by position; tried: of questions with choices, the likeliest was taken.
 
     Raises:
         NothingAskedError: if nothing was answered.
     """
     left_out = left_out | {position: answer.refused for position, answer in answers.items() if answer.refused}
     records = [
-        Record(questions[position], answer.text, score(questions[position], answer.text), answer.cut)
+        Record(questions[position], answer.text, score(questions[position], answer.text, tried), answer.cut)
         for position, answer in sorted(answers.items())
         if position not in left_out
     ]
@@ -146,7 +148,7 @@ class Journal:
     def __init__(self, folder: Path | None, questions: Sequence[Question], shared: bool = False) -> None:
         self.folder, self.shared = folder, shared
         self.names = [identity(question, position) for position, question in enumerate(questions)]
-        self.texts = [question.question for question in questions]
+        self.texts = ["\n".join([question.question, *question.choices]) for question in questions]  # what was asked
         self.known: dict[int, Answer] = {}
         self._synced = 0.0  # when the disk last had everything
         if folder is not None:
@@ -197,7 +199,8 @@ class Journal:
                 if position is None or self.texts[position] != entry["question"]:
                     raise ValueError(
                         f"'{path}', line {number}: question {entry['id']!r} is not among the questions asked now, or "
-                        "has another text. Go on with the questions it was started with, or choose another folder"
+                        "has another text or other choices. Go on with the questions it was started with, or choose "
+                        "another folder"
                     )
                 answer = Answer(entry["text"], entry["cut"], entry["refused"])
                 if not answer.refused or (refused and position not in found):

@@ -4,6 +4,7 @@ where another source is named."""
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from keepsight.evaluation.questions import LETTERS, Question
+from keepsight.evaluation.questions import LETTERS, Question, yes_or_no
 from keepsight.results import Measurement, PerImage, PerImageBuilder
 from keepsight.results.answers import clusters as clusters_of
 from keepsight.results.intervals import bootstrap_ratio, mean_interval, ratio_shares
@@ -36,20 +37,29 @@ class Record:
 
 
 def normalise(answer: str) -> str:
-    """Lower case, no punctuation, no articles, number words as digits, single spaces."""
-    words = re.sub(r"[^\w\s]", " ", answer.lower()).split()
-    return " ".join(str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in words if word not in _ARTICLES)
+    """Lower case, no punctuation, no articles, number words as digits, single spaces; "1,000" is 1000 and "-5" minus 5.
+
+    An answer that is nothing else ("A", "the", "+") keeps its article, or its sign: it is not the empty answer.
+    """
+    text = unicodedata.normalize("NFC", answer.strip().lower())
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub(r"(?<![\w.])[-\u2212](?=\d)", "minus ", text))
+    # By category: accents and vowel signs that are characters of their own (Hindi, Thai) are part of a word.
+    words = "".join(" " if unicodedata.category(sign)[0] in "PS" else sign for sign in plain).split()
+    kept = [str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or text
 
 
-def score(question: Question, prediction: str) -> float:
+def score(question: Question, prediction: str, tried: bool = False) -> float:
     """The score of an answer in [0, 1], as `Question.scored_by` says.
 
     exact: equal to a right answer after `normalise`. contains: a right answer occurs in it, letters and spaces as they
     are but for case (OCRBench's rule). yes_no: its first yes or no is right. vqa: mean over all leave-one-out sets of
     annotators of min(1, annotators who said it / 3), after `normalise` (Antol et al. 2015; one or two annotators: any
-    match). choice: `chosen` names the right one.
+    match). choice: `chosen` names the right one; where the choices were `tried`, the prediction is the text of one.
     """
     kind = question.scored_by
+    if kind == "choice" and tried:
+        return float(prediction == question.choices[question.right_choice()])
     if kind == "choice":
         return float(chosen(prediction, question.choices) == question.right_choice())
     if kind == "yes_no":
@@ -65,12 +75,6 @@ def score(question: Question, prediction: str) -> float:
     return float(any(matches))
 
 
-def yes_or_no(text: str) -> bool | None:
-    """The first of the words yes and no; None where neither is there."""
-    word = re.search(r"\b(yes|no)\b", text.lower())
-    return None if word is None else word[1] == "yes"
-
-
 def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     """Which choice an answer names: by its letter ("B", "(b).", "**B**", "B. a cat", "answer: B"), else by its text.
 
@@ -81,18 +85,23 @@ def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     last = chr(ord("A") + min(len(choices), LETTERS) - 1)
     # What follows tells a letter from an article: "A." or "A", not "A cat".
     letter = re.search(
-        rf"(?:^|(?i:\banswer(?: is)?|\boption)\s*:?\s*)\(?([A-{last}a-{last.lower()}])(?:[).:,]|\s*$)", plainly
+        rf"(?:^|(?i:\b(?:answer|option|choice)(?: is)?)\s*:?\s*)\(?([A-{last}a-{last.lower()}])(?:[).:,]|\s*$|\s*\n)",
+        plainly,
     )
     if letter:
         return ord(letter[1].upper()) - ord("A")
+    same = [i for i, choice in enumerate(choices) if choice.strip().lower() == prediction.strip().lower()]
+    if len(same) == 1:
+        return same[0]
     plain = [normalise(choice) for choice in choices]
     said = normalise(prediction)
     if plain.count(said) == 1:
         return plain.index(said)
     there = [i for i, choice in enumerate(plain) if choice and f" {choice} " in f" {said} "]
     longest = max(there, key=lambda i: len(plain[i]), default=None)
-    inside = longest is not None and all(f" {plain[i]} " in f" {plain[longest]} " for i in there)
-    return longest if inside else None
+    if longest is None or plain.count(plain[longest]) > 1:
+        return None
+    return longest if all(f" {plain[i]} " in f" {plain[longest]} " for i in there) else None
 
 
 def interval(scores: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -> tuple[float, float]:
@@ -182,7 +191,10 @@ class _Collector:
         found = mean_interval(ratio_shares(*sums))
         low, high = (None if end is None else min(1.0, max(0.0, end)) for end in (found.low, found.high))
         value = float(sums[0].sum() / sums[1].sum())
-        row = Measurement(metric, value, low=low, high=high, n=len(above), unit="questions", target=target)
+        note = ""
+        if low == high and low is not None:
+            low, high, note = None, None, "no interval: all clusters agree"
+        row = Measurement(metric, value, low=low, high=high, n=len(above), unit="questions", target=target, note=note)
         self._add(row, above, below, clusters)
 
     def _sums(self, values: np.ndarray, clusters: Sequence[tuple[str, Hashable]]) -> tuple[np.ndarray, np.ndarray]:

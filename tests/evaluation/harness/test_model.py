@@ -178,6 +178,7 @@ def test_made_as_lmms_eval_makes_it_with_an_adapter_and_pruning(tmp_path):
 @pytest.mark.slow
 def test_a_multiple_choice_task_takes_the_likeliest_choice(tiny, tmp_path):
     rows = [{"q": "what color ?", "choices": ["red", "what"], "gold": gold} for gold in (0, 1)]
+    rows.append({"q": "red", "choices": ["red", "what " * 300], "gold": 0})  # its second choice is too long to be asked
     (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
@@ -185,7 +186,7 @@ def test_a_multiple_choice_task_takes_the_likeliest_choice(tiny, tmp_path):
         'doc_to_text: "{{q}}"\ndoc_to_target: gold\ndoc_to_choice: choices\n'
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    lm = Simple.around(*tiny, batch_size=2)
+    lm = Simple.around(*tiny, batch_size=1)
     [found] = run_task(lm, "mine", known_tasks(str(tmp_path)), tmp_path)
     own = evaluate(
         *tiny,
@@ -194,5 +195,9 @@ def test_a_multiple_choice_task_takes_the_likeliest_choice(tiny, tmp_path):
         max_new_tokens=1,
     )
     likeliest = ["red", "what"].index(own.records[0].prediction)
-    assert [one.score for one in found.answered] == [float(likeliest == gold) for gold in (0, 1)]
-    assert found.numbers["acc"][0] == 0.5
+    assert [one.score for one in found.answered] == [float(likeliest == gold) for gold in (0, 1)] + [0.0]
+    assert [one.prediction for one in found.answered] == [["red", "what"][likeliest]] * 2 + [""]
+    assert [one.target for one in found.answered] == [["red"], ["what"], ["red"]]
+    assert found.numbers["acc"][0] == pytest.approx(1 / 3)
+    assert list(lm.refused) == ["mine-2"]
+    assert "the model's context is 256" in lm.refused["mine-2"]

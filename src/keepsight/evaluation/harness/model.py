@@ -17,6 +17,7 @@ from loguru import logger
 
 from keepsight.diagnosis.progress import tracked
 from keepsight.evaluation.generate import Answerer
+from keepsight.evaluation.harness.likelihood import IMPOSSIBLE
 from keepsight.evaluation.questions import PLACEHOLDER, Question
 from keepsight.evaluation.run import Journal, batches_of
 from keepsight.vlm import Vlm
@@ -79,6 +80,7 @@ class Simple(lmms):
         """One for a model that is loaded already."""
         made = cls.__new__(cls)
         made._start(model, processor, batch_size, pruning, UNSAID, progress)
+        made.lenient = True
         return made
 
     def _start(
@@ -97,6 +99,7 @@ class Simple(lmms):
         self.batch_size, self.max_new_tokens, self.progress = int(batch_size), int(max_new_tokens), progress
         self.config = model.config  # lmms-eval names the model by it
         self.journal: Path | None = None
+        self.lenient = False  # choices of a question that cannot be asked: `IMPOSSIBLE`, which `run_task` counts
         self.refused: dict[str, str] = {}  # question → why it was not asked; it is scored as an empty answer
 
     @property
@@ -140,8 +143,16 @@ class Simple(lmms):
                 doc = self.task_dict[task][split][number]
                 texts = [said if isinstance(said := request.args[1], str) else said(doc) for request in same]
                 question = _simple(context, _shown(to_visual, doc), task)
-                for start in range(0, len(texts), self.batch_size):
-                    found += answerer.losses(question, texts[start : start + self.batch_size])
+                starts = range(0, len(texts), self.batch_size)
+                try:
+                    found += [
+                        one for at in starts for one in answerer.losses(question, texts[at : at + self.batch_size])
+                    ]
+                except ValueError as error:
+                    if not self.lenient or len(texts) == 1:
+                        raise
+                    found += [IMPOSSIBLE] * len(texts)
+                    self.refused[_name(same[0])] = str(error)
         kept: Any = found
         return [GenerationResult(pair) for pair in kept]
 

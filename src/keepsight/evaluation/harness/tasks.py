@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keepsight.evaluation.harness.likelihood import by_likelihood, count_impossible, said_and_right
 from keepsight.evaluation.harness.paper import PART, benchmark
 from keepsight.evaluation.harness.result import Answered, TaskResult, record_of
 from keepsight.evaluation.scoring import rows_of
@@ -67,6 +68,8 @@ def run_task(
     except Exception as cause:
         raise UnreachedError(f"its data or settings cannot be loaded ({_reason(cause)})") from cause
     loaded = list(_flat(objects))
+    for one in filter(by_likelihood, loaded):
+        count_impossible(one)
     try:
         with contextlib.redirect_stdout(said):
             found = simple_evaluate(
@@ -111,12 +114,16 @@ def _read(task: Any, found: Mapping[str, Any], limit: int | None, pictures: Path
         value = sample.get(main, sample.get(metrics[0]) if metrics else None)
         pair = value.get("pair_index") if isinstance(value, Mapping) else None
         visuals = _visuals(task, docs[number])
+        prediction = _texts(sample["filtered_resps"])[0] if sample["filtered_resps"] else ""
+        target = _texts(sample["target"])
+        if by_likelihood(task):
+            prediction, target = said_and_right(task, docs[number], sample)
         answered.append(
             Answered(
                 id=str(number),
                 question=str((sample.get("arguments") or [""])[0]),
-                target=_texts(sample["target"]),
-                prediction=_texts(sample["filtered_resps"])[0] if sample["filtered_resps"] else "",
+                target=target,
+                prediction=prediction,
                 score=_score(value, aggregate),
                 kind=_kind(known.kind if known else "", value, sample),
                 picture=_digest(visuals) if visuals else "",
