@@ -74,7 +74,7 @@ def curves_of(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def undo(run: RunDirectory) -> None:
-    """Take back a run that took no step, so that the corrected command can use the folder."""
+    """Take back a run that left no checkpoint, so that the corrected command can use the folder."""
     for name in ("run.json", "config.yaml"):
         (run.path / name).unlink(missing_ok=True)
     if run.path.is_dir() and not any(run.path.iterdir()):
