@@ -218,7 +218,7 @@ def _finish(run: Any, config: EvaluateConfig, asked: _Asked, weights: str, names
     run.write_rows(rows)
     run.write_per_image(merged(parts))
     run.update(
-        label=config.label or trained.get("label") or Path(config.model).name,
+        label=config.label or trained.get("label") or Path(config.model).resolve().name,
         model={"name": config.model, "fingerprint": weights},
         counts=dict(counts),
         unreached=dict(asked.unreached),
@@ -255,7 +255,7 @@ def _open(config: EvaluateConfig) -> Any:
     """
     from keepsight.results import RUN_FILE, RunDirectory
 
-    label = config.label or Path(config.model).name
+    label = config.label or Path(config.model).resolve().name
     if config.resume and (Path(config.out) / RUN_FILE).is_file():
         run = RunDirectory.open(config.out)
         changes = run.changes(config, _FREE)

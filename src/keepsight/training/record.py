@@ -29,7 +29,7 @@ def start(config: TrainConfig) -> RunDirectory:
     """A new run, with its configuration written."""
     run = RunDirectory.create(
         config.out,
-        label=config.label or Path(config.out).name,
+        label=config.label or Path(config.out).resolve().name,
         model=model_name(config.model),
         seed=config.seed,
         kind="training",
