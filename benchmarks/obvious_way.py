@@ -6,13 +6,15 @@ The 135 M model at all its layers, 500 pictures of ten classes with four objects
 linear probe (same split, same grid of L2 strengths, and the shuffled-label control), cohesion, coupling and
 homogeneity (raw, and centred by the same mean) and the spectra of covariance and correlation over *all* visual tokens;
 keepsight gives intervals besides. Each side is a process of its own, with the pictures decoded beforehand. Time: CPU
-seconds of one thread without the forward that both need, which is timed besides on the same batches and taken off;
-keepsight's second forward of the calibration's pictures stays in. Memory: peak above the loaded model. scikit-learn's
+seconds of one thread for everything but the forward that both need: the forwards are timed where they are called, what
+keepsight does inside them (the hooks of `capture` and all they call) is counted, and so is its second forward of the
+calibration's pictures. Memory: peak above the loaded model. scikit-learn's
 tolerance is that of benchmarks/probe.py; its default is timed on every fourth layer, without bound.
 
 Bounds: 10 times in time, 50 times in memory. Same answers: structure to 1e-5, spectra to 1e-4 relative, accuracies to
-0.03 at every layer and 0.01 in the mean. The last of transformers' hidden states is after the final norm, so that layer
-is not compared. `--shape tiny --pictures 100` shows in a minute that it runs (the memory bound asks for 135M).
+0.01 in the mean, and to 0.03 at every layer where both chose the same strength (the choice may hang on one validation
+picture; how many layers are left is told). The last of transformers' hidden states is after the final norm, so that
+layer is not compared. `--shape tiny --pictures 100` shows in a minute that it runs (the memory bound asks for 135M).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from _models import build
-from _timing import finish, memory_of_process, reset_peak, seconds
+from _timing import finish, memory_of_process, now, reset_peak, seconds
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -41,6 +43,7 @@ from keepsight.diagnosis.probes.probe import L2_GRID, fit_probes, stratified_spl
 from keepsight.diagnosis.summary import image_rows, spectrum_rows
 from keepsight.results import PerImageBuilder
 from keepsight.vlm import Vlm
+from keepsight.vlm.capture import Capture
 from keepsight.vlm.chat import render_prompt
 from keepsight.vlm.inference import inference
 
@@ -54,6 +57,7 @@ SPECTRA = (
     *(f"{name}/{variant}" for name in SPECTRUM for variant in ("covariance", "correlation")),
     "feature_correlation/",
 )
+PROBES = ("accuracy", "shuffled")
 Answers = dict[str, list[float]]
 
 
@@ -68,13 +72,12 @@ def picture(index: int, side: int) -> tuple[Image.Image, np.ndarray]:
 
 
 class Pictures(Loader):
-    """Decoded beforehand; every batch is run once more when it is asked for, to time the forward alone."""
+    """Decoded beforehand."""
 
     def decode(self) -> None:
         self.starts = list(range(0, len(self.pictures), self.batch_size))
         self.rate = 1.0
         self.ready = {start: super(Pictures, self).load(self._from(start), masks=True)[0] for start in self.starts}
-        self.plain: list[float] = []
 
     def _from(self, start: int) -> list[int]:
         return list(range(start, min(start + self.batch_size, len(self.pictures))))
@@ -82,13 +85,41 @@ class Pictures(Loader):
     def load(self, indices: Any, masks: bool) -> tuple[Decoded | None, Seen]:
         if list(indices) != self._from(indices[0]):
             return super().load(indices, masks)  # the calibration's
-        decoded = self.ready[indices[0]]
-        self.plain.append(seconds(lambda: self.vlm.forward_core(**decoded.inputs)))
-        return decoded, Seen()
+        return self.ready[indices[0]], Seen()
 
-    def without_forward(self, total: float) -> float:
-        """Seconds of what is not the forward, of `total` in which all batches were run and timed besides."""
-        return total - 2 * sum(self.plain)
+
+class Forward:
+    """Seconds of the forwards of whole batches, without what hooks of `capture` do inside them."""
+
+    def __init__(self, loader: Pictures, batches: int) -> None:
+        self.vlm, self.batches = loader.vlm, batches
+        self.seconds = self._hooks = 0.0
+        self._run = loader.vlm.forward_core
+        self._take = Capture._take
+
+    def __enter__(self) -> Forward:
+        run, take = self._run, self._take
+
+        def timed_run(**inputs: Any) -> Any:
+            self._hooks, start = 0.0, now()
+            output = run(**inputs)
+            self.times.append(now() - start - self._hooks)
+            return output
+
+        def timed_take(capture: Capture, layer: int, hidden: torch.Tensor) -> None:
+            start = now()
+            take(capture, layer, hidden)
+            self._hooks += now() - start
+
+        self.times: list[float] = []
+        self.vlm.forward_core = timed_run
+        Capture._take = timed_take
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        del self.vlm.forward_core
+        Capture._take = self._take
+        self.seconds = sum(self.times[-self.batches :])  # those before are the calibration's
 
 
 def load(shape: str, n: int) -> tuple[Pictures, list[str]]:
@@ -114,20 +145,23 @@ def keepsight_way(loader: Pictures, labels: list[str]) -> tuple[Answers, dict[st
             rows = image_rows(accumulator, PerImageBuilder([str(i) for i in range(len(labels))]), seed=SEED)
             for at in layers:
                 rows += spectrum_rows(accumulator, at, seed=SEED)
-        found["accuracy"], found["shuffled"] = probe.correct.mean(axis=1).tolist(), probe.shuffled.mean(axis=1).tolist()
+        found["accuracy"], found["accuracy's L2"] = probe.correct.mean(axis=1).tolist(), probe.l2.tolist()
+        found["shuffled"], found["shuffled's L2"] = probe.shuffled.mean(axis=1).tolist(), probe.shuffled_l2.tolist()
         for row in rows:
             if row.tokens == "all" and f"{row.metric}/{row.variant}" in found:
                 assert row.value is not None
                 found[f"{row.metric}/{row.variant}"].append(row.value)
 
-    return found, {"seconds": loader.without_forward(seconds(work))}
+    with Forward(loader, len(loader.starts)) as forward:
+        took = seconds(work)
+    return found, {"seconds": took - forward.seconds, "forward": forward.seconds}
 
 
 def obvious_way(loader: Pictures, labels: list[str]) -> tuple[Answers, dict[str, float]]:
     n = len(labels)
     states: list[list[np.ndarray]] = []
     visual: list[np.ndarray] = []
-    found: Answers = {name: [] for name in (*MEANS, *SPECTRA, "accuracy", "shuffled")}
+    found: Answers = {name: [] for name in (*MEANS, *SPECTRA, *PROBES, *(f"{name}'s L2" for name in PROBES))}
     members = loader.ready[0].batch.objects[:OBJECTS, : len(loader.ready[0].batch.image) // BATCH].numpy()
     split, names = stratified_split(labels, SEED), np.array(labels)
     known = np.concatenate([split.train, split.validation])
@@ -152,7 +186,7 @@ def obvious_way(loader: Pictures, labels: list[str]) -> tuple[Answers, dict[str,
         ]
         return np.concatenate(picked)
 
-    def probes(x: np.ndarray, target: np.ndarray, tolerance: float) -> float:
+    def probes(x: np.ndarray, target: np.ndarray, tolerance: float) -> tuple[float, float]:
         z = StandardScaler().fit(x[split.train]).transform(x)
         best = None
         for l2 in L2_GRID:
@@ -160,16 +194,18 @@ def obvious_way(loader: Pictures, labels: list[str]) -> tuple[Answers, dict[str,
             model.fit(z[split.train], target[split.train])
             score = model.score(z[split.validation], target[split.validation])
             if best is None or score >= best[0]:
-                best = score, model
+                best = score, model, l2
         assert best is not None
-        return float(best[1].score(z[split.test], names[split.test]))
+        return float(best[1].score(z[split.test], names[split.test])), best[2]
 
     def answers() -> None:
         for layer in range(len(states[0])):
             x = tokens(layer)
             pooled = x.mean(axis=1).astype(np.float64)
-            found["accuracy"].append(probes(pooled, names, TOLERANCE))
-            found["shuffled"].append(probes(pooled, shuffled, TOLERANCE))
+            for name, target in zip(PROBES, (names, shuffled), strict=True):
+                accuracy, strength = probes(pooled, target, TOLERANCE)
+                found[name].append(accuracy)
+                found[f"{name}'s L2"].append(strength)
             for variant, centre in (("raw", 0.0), ("centred", x[calibration].mean(axis=(0, 1)))):
                 each = np.array([pairwise(one - centre, members) for one in x])
                 for name, value in zip(("token_homogeneity", "cohesion", "coupling"), each.mean(axis=0), strict=True):
@@ -182,13 +218,15 @@ def obvious_way(loader: Pictures, labels: list[str]) -> tuple[Answers, dict[str,
             off = matrices["correlation"][np.triu_indices(x.shape[2], 1)]
             found["feature_correlation/"].append(float(np.abs(off).mean()))
 
-    running = loader.without_forward(seconds(run))
+    with Forward(loader, len(loader.starts)) as forward:
+        running = seconds(run) - forward.seconds
     answering = seconds(answers)
     some = [tokens(layer).mean(axis=1).astype(np.float64) for layer in range(0, len(states[0]), TIMED)]
     strict, loose = (
         seconds(lambda tol=tol: [probes(x, names, tol) for x in some]) for tol in (TOLERANCE, DEFAULT_TOLERANCE)
     )
-    return found, {"seconds": running + answering, "scikit-learn at its default / here": loose / strict}
+    costs = {"seconds": running + answering, "forward": forward.seconds}
+    return found, costs | {"scikit-learn at its default / here": loose / strict}
 
 
 def pairwise(x: np.ndarray, members: np.ndarray) -> tuple[float, float, float]:
@@ -219,7 +257,7 @@ def side(way: str, shape: str, n: int) -> None:
         forward = memory_of_process("VmHWM") - before
         answers, costs = {"keepsight": keepsight_way, "obvious": obvious_way}[way](loader, labels)
     costs |= {"memory": memory_of_process("VmHWM") - before, "memory of one forward": forward}
-    print(json.dumps({"answers": answers, "costs": costs, "forward": sum(loader.plain)}))
+    print(json.dumps({"answers": answers, "costs": costs}))
 
 
 def same(ours: Answers, theirs: Answers) -> bool:
@@ -227,13 +265,16 @@ def same(ours: Answers, theirs: Answers) -> bool:
     gaps = {name: np.abs(np.array(ours[name]) - np.array(theirs[name]))[:-1] for name in ours}
     relative = max(float((gaps[name] / np.abs(theirs[name][:-1])).max()) for name in SPECTRA)
     structure = max(float(gaps[name].max()) for name in MEANS)
-    worst = {name: (float(gaps[name].max()), float(gaps[name].mean())) for name in ("accuracy", "shuffled")}
-    told = "; ".join(f"{name} {most:.3f} at most, {mean:.4f} in the mean" for name, (most, mean) in worst.items())
-    print(f"apart: structure {structure:.1e}, spectra {relative:.1e} relative, {told}")
+    close, told = True, []
+    for name in PROBES:
+        chosen = [np.float32(found[f"{name}'s L2"])[:-1] for found in (ours, theirs)]
+        alike = chosen[0] == chosen[1]
+        most, mean = float(gaps[name][alike].max(initial=0.0)), float(gaps[name].mean())
+        close &= most < 0.03 + 1e-9 and mean <= 0.01
+        told.append(f"{name} {most:.3f} at most at {alike.sum()} of {len(alike)} layers, {mean:.4f} in the mean of all")
+    print(f"apart: structure {structure:.1e}, spectra {relative:.1e} relative, {'; '.join(told)}")
     print(f"accuracy: keepsight {np.mean(ours['accuracy']):.3f}, the obvious way {np.mean(theirs['accuracy']):.3f}")
-    held = (
-        structure <= 1e-5 and relative <= 1e-4 and all(most <= 0.03 and mean <= 0.01 for most, mean in worst.values())
-    )
+    held = structure <= 1e-5 and relative <= 1e-4 and close
     print(f"same answers: {'holds' if held else 'MISSED'}")
     return held
 
@@ -255,7 +296,7 @@ def main() -> None:
         ).stdout
         found[way] = json.loads(output.splitlines()[-1])
         costs = ", ".join(f"{name} {value:.2f}" for name, value in found[way]["costs"].items())
-        print(f"{way}: {costs} (seconds, MiB); the forward {found[way]['forward']:.0f} s", flush=True)
+        print(f"{way}: {costs} (seconds, MiB)", flush=True)
     held = [same(found["keepsight"]["answers"], found["obvious"]["answers"])]
     for name, bound in (("seconds", 10), ("memory", 50)):
         ratio = found["obvious"]["costs"][name] / found["keepsight"]["costs"][name]

@@ -92,16 +92,16 @@ def spectrum_rows(accumulator: Accumulator, position: int, *, seed: int) -> list
     """Effective dimensions and feature correlation of one layer, with sinks and without."""
     layer = accumulator.layers[position]
     known = accumulator.calibration[layer]
-    ordinary, sinks = accumulator.covariance(position)
+    sums, sinks = accumulator.covariance(position)
     channels = known.channels > 0
-    changed = sinks is not None or not bool(channels.all())
-    everything = ordinary if sinks is None else ordinary.merge(sinks)
-    found = {"all": (everything.n, spectrum(everything))}
-    if changed:
-        bare = ordinary if bool(channels.all()) else ordinary.select(channels.to(ordinary.second.device))
-        found["without sinks"] = (bare.n, spectrum(bare))
-    else:
-        found["without sinks"] = found["all"]
+    whole = bool(channels.all())
+    bare = None
+    if sinks or not whole:
+        bare = sums.n, spectrum(sums if whole else sums.select(channels.to(sums.count.device)))
+    if sinks:
+        accumulator.add_sinks(position, sums)
+    everything = sums.n, spectrum(sums)
+    found = {"all": everything, "without sinks": bare or everything}
     how = "all tokens" if accumulator.exact else "seeded sample of tokens"
     return [
         Measurement(

@@ -237,19 +237,22 @@ class Accumulator:
             x = torch.from_numpy(self.sampled.read(position, start, start + BLOCK)).to(self.device)
             yield slice(start, start + len(x)), x
 
-    def covariance(self, position: int) -> tuple[CovarianceSums, CovarianceSums | None]:
-        """Sums over the ordinary tokens and over the sinks (None without any) of the layer in this position."""
+    def covariance(self, position: int) -> tuple[CovarianceSums, int]:
+        """Sums over the ordinary tokens of the layer in this position, and how many sinks were left out of them."""
         known = self.calibration[self.layers[position]]
-        device = known.mean.device
-        group = torch.from_numpy(self.sample[1]).to(device)
-        parts: list[CovarianceSums | None] = [CovarianceSums(self.width, shift=known.mean, device=str(device)), None]
+        sums = CovarianceSums(self.width, shift=known.mean, device=str(known.mean.device))
+        return sums, self._sum(position, sums, sinks=False)
+
+    def add_sinks(self, position: int, sums: CovarianceSums) -> None:
+        """Add the sinks to what `covariance` gave. Apart, as sums of their own would take as much memory again."""
+        self._sum(position, sums, sinks=True)
+
+    def _sum(self, position: int, sums: CovarianceSums, *, sinks: bool) -> int:
+        threshold, left_out = self.calibration[self.layers[position]].threshold, 0
+        group = torch.from_numpy(self.sample[1]).to(sums.count.device)
         for rows, x in self.blocks(position):
-            heavy = torch.linalg.vector_norm(x, dim=1) > known.threshold
-            for index, chosen in enumerate((~heavy, heavy)):
-                for g in group[rows][chosen].unique().tolist():
-                    sums = parts[index]
-                    if sums is None:
-                        sums = parts[index] = CovarianceSums(self.width, shift=known.mean, device=str(device))
-                    sums.update(x[chosen & (group[rows] == g)], g)
-        assert parts[0] is not None
-        return parts[0], parts[1]
+            chosen = (torch.linalg.vector_norm(x, dim=1) > threshold) == sinks
+            left_out += int((~chosen).sum())
+            for g in group[rows][chosen].unique().tolist():
+                sums.update(x[chosen & (group[rows] == g)], g)
+        return left_out

@@ -30,15 +30,8 @@ def _row_blocks(d: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, d)) for start in range(0, d, step))
 
 
-def mirrored(matrix: Tensor) -> Tensor:
-    """The symmetric matrix [..., d, d] whose lower block triangle `matrix` has; in place."""
-    for start, stop in _row_blocks(matrix.shape[-1]):
-        matrix[..., :start, start:stop] = matrix[..., start:stop, :start].transpose(-2, -1)
-    return matrix
-
-
 def along(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """vᵀ M v for each column v of vectors [d, k], from the lower block triangle of the symmetric M [d, d]."""
+    """vᵀ M v for each column v of vectors [d, k] and the symmetric M [d, d], of which the lower blocks are enough."""
     found = vectors.new_zeros(vectors.shape[1])
     for start, stop in _row_blocks(len(matrix)):
         rows, own = matrix[start:stop], vectors[start:stop]
@@ -52,7 +45,7 @@ def along(matrix: Tensor, vectors: Tensor) -> Tensor:
 class CovarianceSums:
     """Streaming sums of tokens and of their products, one set for each of G groups of images.
 
-    Of the products only the lower block triangle is summed; `covariance_of` makes them whole.
+    Of the products only the lower block triangle is summed and kept.
 
     Args:
         width: d.
@@ -63,20 +56,23 @@ class CovarianceSums:
 
     def __init__(self, width: int, groups: int = GROUPS, shift: Tensor | None = None, device: str = "cpu") -> None:
         self.shift = torch.zeros(width, device=device) if shift is None else shift.float().to(device)
+        self._channels: Tensor | None = None
         self.count = torch.zeros(groups, dtype=torch.float64, device=device)
         self.first = torch.zeros(groups, width, dtype=torch.float64, device=device)
-        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
-        # Only intervals are made of these, and at 4,096 channels ten of them in float64 would take 1.3 GB.
-        self.second_of = torch.zeros(groups, width, width, device=device)
+        # One tensor for each block of rows, up to the diagonal block. Only intervals are made of the groups' own, and
+        # at 4,096 channels ten of them in float64 would take 0.8 GB.
+        blocks = [(high - low, high) for low, high in _row_blocks(width)]
+        self._second = [torch.zeros(block, dtype=torch.float64, device=device) for block in blocks]
+        self._second_of = [torch.zeros(groups, *block, device=device) for block in blocks]
 
     def update(self, tokens: Tensor, group: int) -> None:
         """Add the tokens [t, d] of one group of images."""
         for start in range(0, tokens.shape[0], CHUNK):
             z = tokens[start : start + CHUNK].float() - self.shift
-            for low, high in _row_blocks(z.shape[1]):
+            for (low, high), total, own in zip(_row_blocks(z.shape[1]), self._second, self._second_of, strict=True):
                 product = z[:, low:high].T @ z[:, :high]
-                self.second[low:high, :high].add_(product)
-                self.second_of[group, low:high, :high].add_(product)
+                total.add_(product)
+                own[group].add_(product)
             self.first[group].add_(z.sum(dim=0))
             self.count[group] += z.shape[0]
 
@@ -85,36 +81,33 @@ class CovarianceSums:
         """Tokens seen."""
         return int(self.count.sum())
 
-    def merge(self, other: CovarianceSums) -> CovarianceSums:
-        """The sums over the tokens of both (same shift)."""
-        merged = copy.copy(self)
-        merged.count, merged.first = self.count + other.count, self.first + other.first
-        merged.second, merged.second_of = self.second + other.second, self.second_of + other.second_of
-        return merged
-
     def select(self, channels: Tensor) -> CovarianceSums:
-        """The sums over these channels only (channels: bool [d])."""
+        """The sums over these channels only (channels: bool [d]), as a view: tokens that are added count in both."""
         chosen = copy.copy(self)
-        chosen.shift, chosen.first = self.shift[channels], self.first[:, channels]
-        chosen.second = mirrored(self.second)[channels][:, channels]
-        chosen.second_of = mirrored(self.second_of)[:, channels][:, :, channels]
+        chosen._channels = channels
+        chosen.shift = self.shift[channels]
         return chosen
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count, sum of tokens [d] and sum of products [d, d] over all groups."""
-        return self.count.sum(), self.first.sum(dim=0), self.second
+        return self.count.sum(), *self._chosen(self.first.sum(dim=0), self._second)
 
     def group(self, g: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same of one group."""
-        return self.count[g], self.first[g], self.second_of[g]
+        return self.count[g], *self._chosen(self.first[g], [block[g] for block in self._second_of])
+
+    def _chosen(self, first: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        second = blocks[0].new_empty(len(first), len(first))
+        for (low, high), block in zip(_row_blocks(len(first)), blocks, strict=True):
+            second[low:high, :high] = block
+            second[:low, low:high] = block[:, :low].T
+        if self._channels is None:
+            return first, second
+        return first[self._channels], second[self._channels][:, self._channels]
 
 
 def covariance_of(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """[d, d] float64 population covariance from sums."""
-    return mirrored(_lower_covariance(count, first, second))
-
-
-def _lower_covariance(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     mean = first / count
     return (second / count).addr_(mean, mean, alpha=-1)
 
@@ -142,7 +135,7 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     vectors = torch.linalg.eigh(matrix.float()).eigenvectors
     exact = vectors.double()
-    return ((matrix @ exact) * exact).sum(dim=0) / exact.square().sum(dim=0), vectors
+    return along(matrix, exact) / exact.square().sum(dim=0), vectors
 
 
 def participation_ratio(matrix: Tensor) -> float:
@@ -234,7 +227,7 @@ def spectrum(sums: CovarianceSums) -> dict[tuple[str, str], Estimate]:
         directions["correlation"][live] = basis["correlation"][1]
     ones, c = covariance.new_ones(len(live), 1), len(pearson)
     for g in present:
-        part = _lower_covariance(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
+        part = covariance_of(*(all_ - own for all_, own in zip(total, sums.group(g), strict=True)))
         variance = part.diagonal().clamp(min=0)
         # 1/deviation, with which the covariance says of the correlation what is needed, without its being formed
         scale = torch.where(live & (variance > 0), variance.rsqrt(), 0.0)[:, None]

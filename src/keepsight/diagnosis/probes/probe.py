@@ -67,13 +67,17 @@ def stratified_split(labels: Sequence[str], seed: int) -> Split:
     return Split(train, validation, test)
 
 
+PER_LAYER = ("validation", "l2", "correct", "shuffled", "shuffled_l2")  # fields of a `Probe`
+
+
 @dataclass(frozen=True)
 class Probe:
     """Outcome of one label set over P layers.
 
     layers: [P]; validation: [P] accuracy at the chosen strength; l2: [P]; correct: bool [P, n_test];
-    shuffled: bool [P, n_test], the same protocol trained on shuffled labels; majority: bool [n_test], whether the most
-    frequent training class is the right answer; test: [n_test], which of the images these are.
+    shuffled: bool [P, n_test], the same protocol trained on shuffled labels; shuffled_l2: [P], its strengths;
+    majority: bool [n_test], whether the most frequent training class is the right answer; test: [n_test], which of the
+    images these are.
     """
 
     layers: list[int]
@@ -82,12 +86,13 @@ class Probe:
     l2: np.ndarray
     correct: np.ndarray
     shuffled: np.ndarray
+    shuffled_l2: np.ndarray
     majority: np.ndarray
 
     def with_layers(self, other: Probe) -> Probe:
         """The same with what `other`, of the same label set and split, found at its layers."""
         at = [self.layers.index(layer) for layer in other.layers]
-        found = {name: getattr(self, name).copy() for name in ("validation", "l2", "correct", "shuffled")}
+        found = {name: getattr(self, name).copy() for name in PER_LAYER}
         for name, values in found.items():
             values[at] = getattr(other, name)
         return replace(self, **found)
@@ -142,7 +147,7 @@ def fit_probes(
             found = fit(_stacked([first, *map(read, chunk)], device), targets, split, l2, len(names))
         for kind, outcome in zip(fits, found, strict=True):
             kind.append(outcome)
-    (validation, strength, correct), (_, _, control) = (
+    (validation, strength, correct), (_, control_strength, control) = (
         tuple(np.concatenate(part) for part in zip(*kind, strict=True)) for kind in fits
     )
     majority = torch.bincount(y[split.train], minlength=len(names)).argmax()
@@ -153,6 +158,7 @@ def fit_probes(
         l2=strength,
         correct=correct,
         shuffled=control,
+        shuffled_l2=control_strength,
         majority=(y[split.test] == majority).numpy(),
     )
 
@@ -220,7 +226,8 @@ def probe_rows(
     for i, layer in enumerate(probe.layers):
         note = "; ".join(filter(None, [f"L2 {probe.l2[i]:.2g}", (said or {}).get(layer)]))
         rows.append(share("probe_accuracy", probe.correct[i], layer=layer, note=note))
-        rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant=SHUFFLED))
+        note = f"L2 {probe.shuffled_l2[i]:.2g}"
+        rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant=SHUFFLED, note=note))
     later = [i for i, layer in enumerate(probe.layers) if layer > 0]
     wanted = {"probe_drop": probe.layers.index(middle)} if middle in probe.layers else {}
     if later:
