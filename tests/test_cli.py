@@ -111,11 +111,12 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
 
 @pytest.mark.parametrize("beside", ['{"pre_layer": "x"}', "[1]", "{", '{"label": "other", "pre_layer": 2}'])
 def test_a_file_beside_a_model_is_not_taken_for_its_training(
-    tmp_path: Path, labelled: Path, beside: str, capsys
+    tmp_path: Path, labelled: Path, beside: str, monkeypatch, capsys
 ) -> None:
     model = save_llava(tmp_path / "tiny")
     (tmp_path / "run.json").write_text(beside)
-    command = ["diagnose", str(model), f"--images={labelled}", f"--out={tmp_path / 'out'}", "--layers=[0]"]
+    monkeypatch.chdir(model)
+    command = ["diagnose", ".", f"--images={labelled}", f"--out={tmp_path / 'out'}", "--layers=[0]"]
     assert cli.main(command) == 0
     run = RunDirectory.open(tmp_path / "out")
     assert (run.label, run.info["pre_layer"], run.kind) == ("tiny", None, "diagnosis")

@@ -61,7 +61,7 @@ def test_a_broken_picture_is_skipped_and_counted(tmp_path, pictures, llava, brok
 
 def test_nothing_intact(tmp_path, pictures, llava, broken) -> None:
     data = dataset(tmp_path, pictures, llava, broken, broken, skip_broken=True)
-    with pytest.raises(ConversationError, match="none of the 2 entries can be used"):
+    with pytest.raises(ConversationError, match=r"none of the 2 entries can be used \(unreadable image: 2\)"):
         data[0]
 
 

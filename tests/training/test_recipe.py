@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainerCallback
 
 from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
+from keepsight.results import StorageError
 from keepsight.training import recipe, stages
 from keepsight.training.checkpoints import latest
 from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
+from keepsight.training.conversations import ConversationError
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.recipe import train
 from keepsight.training.record import read_curves
@@ -187,6 +190,59 @@ def test_a_refused_run_leaves_no_folder(setting, tmp_path: Path, fault: str) -> 
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
         train(TrainConfig(**setting))
     assert not Path(setting["out"]).exists()
+
+
+@pytest.mark.parametrize("fault", ["memory", "max_length"])
+def test_a_run_that_fails_in_its_first_step_leaves_no_folder(setting, monkeypatch, fault: str) -> None:
+    """The corrected command, a smaller batch say, has another configuration, with which no run could be resumed."""
+    config = TrainConfig(**setting)
+    if fault == "memory":
+
+        def full(self, *_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(stages.KeepsightTrainer, "training_step", full)
+        expected: tuple[Any, str] = (torch.OutOfMemoryError, "out of memory")
+    else:
+        config = replace(config, max_length=2, skip_broken=True)
+        expected = (ConversationError, r"none of the 10 entries can be used \(image cut off by max_length: 10\)")
+    with pytest.raises(expected[0], match=expected[1]):
+        train(config)
+    assert not Path(config.out).exists()
+
+
+def test_a_failure_after_the_first_step_keeps_the_curves(setting, monkeypatch) -> None:
+    step, calls = stages.KeepsightTrainer.training_step, []
+
+    def breaks(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(stages.KeepsightTrainer, "training_step", breaks)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(TrainConfig(**{**setting, "projector": replace(STEPS, max_steps=6, micro_batch_size=None)}))
+    assert [row["step"] for row in read_curves(setting["out"])] == [1, 2]
+
+
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_full_disk_is_called_so_and_the_run_goes_on(setting, monkeypatch, library: str) -> None:
+    """Both libraries keep the system's error to themselves; "damaged weights" would send the user to download again."""
+    config = TrainConfig(**setting)
+
+    def full(*_, **__):
+        if library == "torch":
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/2"
+            )
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(StorageError, match=r"run': .*disk .* full.* repeat the command with --resume"):
+            train(config)
+    assert train(config, resume=True).info["finished"]
 
 
 def test_a_folder_with_a_run_is_refused_and_kept(setting) -> None:

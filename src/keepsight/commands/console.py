@@ -47,6 +47,7 @@ def training_run(model: Path) -> dict[str, Any]:
     """Label, PRe layer and seed of the training run whose `model` this is; empty if it is no run's."""
     from keepsight.results import RunDirectory
 
+    model = model.resolve()  # it may be "."
     try:
         run = RunDirectory.open(model.parent)
     except (OSError, ValueError):  # the model is what was asked for; what lies beside it need not be keepsight's

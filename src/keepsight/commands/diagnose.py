@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
         first, _ = load_model(config.initial, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
         first.to(device)
     trained = training_run(Path(model_folder(config.model)))
-    label = config.label or trained.get("label") or Path(config.model).name
+    label = config.label or trained.get("label") or Path(config.model).resolve().name
     result = diagnose(
         model,
         processor,

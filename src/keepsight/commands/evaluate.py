@@ -227,7 +227,7 @@ def _finish(run: Any, config: EvaluateConfig, asked: _Asked, weights: str, names
     run.write_rows(rows)
     run.write_per_image(merged(parts))
     run.update(
-        label=config.label or trained.get("label") or Path(config.model).name,
+        label=config.label or trained.get("label") or Path(config.model).resolve().name,
         model={"name": config.model, "fingerprint": weights},
         counts=dict(counts),
         unreached=dict(asked.unreached),
@@ -283,6 +283,6 @@ def _found(config: EvaluateConfig) -> Any:
 def _created(config: EvaluateConfig) -> Any:
     from keepsight.results import RunDirectory
 
-    run = RunDirectory.create(config.out, label=config.label or Path(config.model).name, kind="evaluation")
+    run = RunDirectory.create(config.out, label=config.label or Path(config.model).resolve().name, kind="evaluation")
     run.write_config(config)
     return run

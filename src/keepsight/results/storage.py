@@ -31,6 +31,8 @@ _ADVICE = {
     errno.EISDIR: "a folder is in the way: choose another name",
 }
 
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def storage_error(path: Path, cause: OSError) -> StorageError:
     """The clear form of a failed write to `path`."""
@@ -38,6 +40,20 @@ def storage_error(path: Path, cause: OSError) -> StorageError:
     error = StorageError(f"cannot write '{path}': {reason}. No part of this file was kept.")
     error.errno = cause.errno
     return error
+
+
+def disk_error(path: Path, cause: Exception) -> StorageError | None:
+    """The clear form of an error that says that the disk took no more, whatever library met it; None for another."""
+    if isinstance(cause, StorageError):
+        return cause
+    if isinstance(cause, OSError) and cause.errno in _OUT_OF_ROOM:
+        return storage_error(path, cause)
+    for number in _OUT_OF_ROOM:
+        if f"os error {number}" in str(cause):  # safetensors keeps the number in the text only
+            return storage_error(path, OSError(number, os.strerror(number)))
+    if isinstance(cause, RuntimeError) and "PytorchStreamWriter failed" in str(cause):  # torch.save keeps none at all
+        return storage_error(path, OSError(errno.EIO, f"{os.strerror(errno.EIO)}; the disk may be full"))
+    return None
 
 
 def write_file(path: str | Path, content: str | bytes) -> Path:

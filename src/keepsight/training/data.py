@@ -69,7 +69,8 @@ class ConversationDataset(Dataset[Encoded]):
                 if not self.skip_broken:
                     raise type(error)(f"{self.source.name(index)}: {error}") from error
                 self.states[index] = BROKEN_IMAGE if isinstance(error, ImageError) else CUT_IMAGE
-        raise ConversationError(f"none of the {len(self._known)} entries can be used; see `skipped()` for the reasons.")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped().items())
+        raise ConversationError(f"none of the {len(self.source)} entries can be used ({reasons}).")
 
     def _encode(self, index: int) -> Encoded:
         if (known := self._cache.get(index)) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from keepsight.results import RunDirectory, staged_folder, write_file
-from keepsight.results.storage import storage_error
+from keepsight.results.storage import disk_error
 from keepsight.settings import read_yaml
 from keepsight.training.arguments import STAGES
 from keepsight.training.card import model_card
@@ -78,7 +78,7 @@ def export(path: str | Path, out: str | Path, *, form: Form = "merged", unfinish
             card = model_card(run, config, curves, form=form, steps=steps)
             write_file(stage / "README.md", str(card))
         except Exception as cause:
-            raise _named(out, cause) from cause
+            raise disk_error(out, cause) or cause from cause
     return out
 
 
@@ -137,13 +137,3 @@ def _from_checkpoint(
     states = {name: read_state(folder) for name, folder in kept.items()}
     logged = [entry for name, state in states.items() for entry in curves_of(name, state["log_history"])]
     return {name: int(state["global_step"]) for name, state in states.items()}, logged
-
-
-def _named(out: Path, cause: Exception) -> Exception:
-    """A full disk under its own name, whatever library met it."""
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return storage_error(out, cause)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if f"os error {number}" in str(cause):  # safetensors keeps the number in the text only
-            return storage_error(out, OSError(number, os.strerror(number)))
-    return cause

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, set_seed
 
 from keepsight.pre import attach
 from keepsight.processes import rank
-from keepsight.results import RUN_FILE, RunDirectory, fingerprint
+from keepsight.results import RUN_FILE, RunDirectory, StorageError, fingerprint
+from keepsight.results.storage import disk_error
 from keepsight.training import record
 from keepsight.training.arguments import training_arguments
 from keepsight.training.config import DataConfig, ModelConfig, TrainConfig
@@ -38,8 +39,8 @@ def train(
 
     The run's folder holds config.yaml (the resolved configuration), run.json, curves.jsonl (the loss curves: a line
     for each log, with its stage), stages/ (what `Trainer` saves), model/ (weights and processor; LoRA merged) and, with
-    LoRA, adapter/ (the same as a PEFT adapter). Bad settings and bad data are refused before a step is taken, and leave
-    no folder behind.
+    LoRA, adapter/ (the same as a PEFT adapter). Bad settings and bad data are refused before a step is taken; such
+    a run, and one that fails in its first step, leaves no folder behind.
 
     Args:
         config: the run.
@@ -54,6 +55,7 @@ def train(
             a configuration that is not the run's.
         FileExistsError: if `config.out` holds a run or other files.
         DeadLossError: if PRe would train nothing.
+        StorageError: if the disk is full; what was trained up to the last checkpoint is kept.
     """
     check_available(config.lora)
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
@@ -84,9 +86,16 @@ def train(
             record.undo(run)
         raise
     stages = Stages(config, model, processor, datasets, callbacks, run, resuming=resuming)
-    for number, name in enumerate(config.stages()):
-        stages.train(number, name, arguments[name])
-    _save(stages, before)
+    try:
+        for number, name in enumerate(config.stages()):
+            stages.train(number, name, arguments[name])
+        _save(stages, before)
+    except Exception as cause:
+        if full := disk_error(Path(config.out), cause):
+            told = StorageError(f"{full} Then repeat the command with --resume: it goes on from the last checkpoint.")
+            told.errno = full.errno
+            raise told from cause
+        raise
     PartialState().wait_for_everyone()
     return run or RunDirectory.open(config.out)
 

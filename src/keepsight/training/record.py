@@ -29,7 +29,7 @@ def start(config: TrainConfig) -> RunDirectory:
     """A new run, with its configuration written."""
     run = RunDirectory.create(
         config.out,
-        label=config.label or Path(config.out).name,
+        label=config.label or Path(config.out).resolve().name,
         model=model_name(config.model),
         seed=config.seed,
         kind="training",
@@ -74,7 +74,7 @@ def curves_of(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def undo(run: RunDirectory) -> None:
-    """Take back a run that took no step, so that the corrected command can use the folder."""
+    """Take back a run that left no checkpoint, so that the corrected command can use the folder."""
     for name in ("run.json", "config.yaml"):
         (run.path / name).unlink(missing_ok=True)
     if run.path.is_dir() and not any(run.path.iterdir()):

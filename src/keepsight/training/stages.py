@@ -26,6 +26,7 @@ from keepsight.training.checkpoints import (
 )
 from keepsight.training.collator import Collator
 from keepsight.training.config import StageConfig, TrainConfig
+from keepsight.training.conversations import ConversationError
 from keepsight.training.data import ConversationDataset
 from keepsight.training.encode import CutError
 from keepsight.training.freeze import parts, train_only
@@ -104,8 +105,11 @@ class Stages:
         """Train a stage, or what a stopped run left of it.
 
         Raises:
-            ImageError, CutError: for data that cannot be used; a run that took no step is taken back.
+            ImageError, CutError, ConversationError: for data that cannot be used.
             DeadLossError: if PRe would train nothing.
+
+        Before the first checkpoint, bad data takes the run back, and so does whatever fails in the first step (a batch
+        too large for the memory), so that the corrected command can use the folder.
         """
         stage, dataset = self.config.stages()[name], self.datasets[name]
         if self.adapted is None and self.config.uses_lora(stage):
@@ -133,10 +137,13 @@ class Stages:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.read_log()
             _found(trainer, dataset)
-        except (ImageError, CutError) as error:
-            if any(self._kept(stage_name) is not None for stage_name in self.config.stages()):
+        except Exception as error:
+            unusable = isinstance(error, (ImageError, CutError, ConversationError))
+            kept = any(self._kept(stage_name) is not None for stage_name in self.config.stages())
+            if unusable and kept:
                 raise type(error)(f"{error} What was trained is kept: repeat the command with --resume.") from error
-            if self.run is not None and not self.resuming and not self._curves:
+            nothing = not (kept or self.resuming or self._curves) and (unusable or trainer.state.global_step == 0)
+            if self.run is not None and nothing:
                 trainer.state.log_history = []
                 shutil.rmtree(self.run.path / STAGES, ignore_errors=True)
                 record.undo(self.run)
