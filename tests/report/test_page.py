@@ -213,3 +213,10 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, base: LoadedRun) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="a part of the path is a file"):
         build([base], tmp_path / "file" / "report.html")
+
+
+def test_a_note_of_the_runs_stands_once_under_the_verdict_as_text(tmp_path: Path) -> None:
+    runs = [dataclasses.replace(run, info={**run.info, "note": HOSTILE}) for run in (sample_run(0), sample_run(1))]
+    source = build(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert source.count(html.escape(HOSTILE, quote=True).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")) == 1
+    assert HOSTILE in "".join(Page(source).text)

@@ -67,6 +67,7 @@ def test_data_of_another_seed_are_not_used(tmp_path, monkeypatch):
     for seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):
             demo.run(tmp_path, steps=1, seed=seed, console=Console(file=io.StringIO()))
+        (tmp_path / "data" / ".labels.json.0123abcd.part").write_text("{")  # killed while it was written
     assert ["5000-000000" in seen[0][0], "5001-000000" in seen[1][0]] == [True, True]
     assert len(list((tmp_path / "data" / "images").iterdir())) == 16
     (tmp_path / "data" / "mine.txt").write_text("kept")

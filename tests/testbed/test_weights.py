@@ -5,6 +5,10 @@ import torch
 
 from keepsight.testbed import models
 from keepsight.testbed._evaluate import evaluate, linear_accuracy
+from keepsight.testbed.drawing import render
+from keepsight.testbed.language import CAPTION_REQUEST
+from keepsight.testbed.scenes import draw_scenes
+from keepsight.vlm import Vlm, capture
 
 
 def test_weights_are_small_and_finite():
@@ -22,6 +26,24 @@ def test_linear_probe_finds_what_is_linear_and_nothing_else():
     assert linear_accuracy(x[:800], y[:800], x[800:], y[800:]) > 0.9
     y = torch.randint(4, (1200,), generator=generator)
     assert abs(linear_accuracy(x[:800], y[:800], x[800:], y[800:]) - 0.25) < 0.08
+
+
+@pytest.mark.parametrize("language", models.LANGUAGES)
+def test_layers_1_4_and_7_do_nearly_all_the_work(language):
+    """As the card, the README and the demo say, because it makes curves over layers steps."""
+    model, processor = models.build_vlm(language)
+    scene = draw_scenes(91, 1)
+    picture = render(scene)[0][0]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": CAPTION_REQUEST}]}]
+    )
+    batch = processor(text=text, images=picture, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad(), capture(Vlm(model), range(9)) as captured:
+        model(**batch)
+    h = captured.states
+    moved = {layer: float((h[layer] - h[layer - 1]).norm() / h[layer - 1].norm()) for layer in range(1, 9)}
+    assert {layer for layer, share in moved.items() if share > 0.2} == {1, 4, 7}
+    assert max(share for share in moved.values() if share <= 0.2) < 0.05
 
 
 @pytest.mark.slow

@@ -61,6 +61,17 @@ def test_two_stages_leave_a_plain_checkpoint(setting) -> None:
     assert written["pre"]["layer"] == "middle"
 
 
+def test_text_alone_is_refused_before_anything_is_trained_unless_pre_is_off(setting, tmp_path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([entry("hello", "world")] * 8), encoding="utf-8")
+    with pytest.raises(
+        ConversationError, match=r"none of the 8 entries for the stage 'projector' has a usable picture"
+    ):
+        train(TrainConfig(**setting))
+    assert not Path(setting["out"]).exists()
+    without = {name: replace(setting[name], pre=False, max_steps=1) for name in ("projector", "full")}
+    assert train(TrainConfig(**{**setting, **without})).info["finished"]
+
+
 @pytest.mark.slow
 def test_each_stage_trains_its_parts_only(setting) -> None:
     off = StageConfig(enabled=False)

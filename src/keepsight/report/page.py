@@ -60,6 +60,7 @@ def render(opened: Sequence[Run], title: str, verdict: str) -> str:
         paid=paid,
         colours=COLOURS,
         evidence=evidence(runs) if runs else [],
+        notes=list(dict.fromkeys(note for run in everyone if (note := run.loaded.info.get("note")))),
         sections=sections,
         summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
         answers=answer_block(runs),

@@ -74,7 +74,7 @@ class RunDirectory:
             kind: what the run is, see the module. A run of one kind never replaces one of another.
             overwrite: replace a run that is already there. Only keepsight's own files are removed, and only from
                 a folder that holds a run.
-            extra: further JSON values for run.json.
+            extra: further JSON values for run.json. A ``note`` is a sentence that every report of the run shows.
 
         Raises:
             FileExistsError: if the folder holds a run and `overwrite` is off, a run of another kind, or something else.

@@ -14,6 +14,7 @@ from keepsight.results import Measurement, RunDirectory, merged
 from keepsight.testbed.drawing import render
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.language import questions
+from keepsight.testbed.models import LAYERS_AT_WORK
 from keepsight.testbed.scenes import ASKED, UNASKED, Scene
 
 TARGETS = {**dict.fromkeys(ASKED, "asked"), **dict.fromkeys(UNASKED, "never asked")}
@@ -53,7 +54,7 @@ def look_inside(
     arm.write_examples(result.examples)
     keep(arm, {"testbed": items}, {"testbed": answers})
     kept = ("depth", "width", "prompt", "counts", "targets")
-    arm.update(**{key: result.info[key] for key in kept}, seeds=[seed])
+    arm.update(**{key: result.info[key] for key in kept}, seeds=[seed], note=LAYERS_AT_WORK)
     return arm
 
 

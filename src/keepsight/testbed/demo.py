@@ -17,7 +17,7 @@ from keepsight.results import make_folder, write_file
 from keepsight.testbed._bars import TrainingBar, progress
 from keepsight.testbed._inside import bare_questions, look_inside, print_answers
 from keepsight.testbed.folders import remove_folder, write_folder
-from keepsight.testbed.models import Language, build_vlm
+from keepsight.testbed.models import LAYERS_AT_WORK, Language, build_vlm
 from keepsight.testbed.scenes import draw_scenes
 from keepsight.training import ConversationDataset, Encoder, LlavaConversations
 from keepsight.training.config import DataConfig, ModelConfig, StageConfig, TrainConfig
@@ -125,6 +125,7 @@ def run(
     console.print(report.table(runs))
     print_answers(console, runs)
     console.print(f"\n[bold]{escape(report.verdict(runs))}[/bold]")
+    console.print(f"\n{LAYERS_AT_WORK}", style="dim")
     console.print(f"\nReport: {path}", markup=False)
     return path
 

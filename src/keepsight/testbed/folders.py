@@ -13,6 +13,7 @@ from PIL import Image
 
 from keepsight.evaluation import Question
 from keepsight.results import write_file
+from keepsight.results.storage import HALF
 from keepsight.testbed.drawing import render
 from keepsight.testbed.language import CAPTION_REQUEST, caption, questions
 from keepsight.testbed.scenes import ASKED, UNASKED, Scene
@@ -78,7 +79,8 @@ def remove_folder(folder: Path) -> None:
     Raises:
         FileExistsError: the folder holds anything else; nothing is removed then.
     """
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _WRITTEN)
+    present = {path.name for path in folder.iterdir()}
+    foreign = sorted(name for name in present - _WRITTEN if not HALF.fullmatch(name))  # a half: killed while writing
     for part in ("images", "masks"):
         if (folder / part).is_dir():
             foreign += sorted(p.name for p in (folder / part).iterdir() if not _PICTURE.fullmatch(p.name))

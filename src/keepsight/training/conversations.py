@@ -41,8 +41,14 @@ class Conversation:
 
 
 class ConversationSource(Protocol):
-    """A checked collection of conversations."""
+    """A checked collection of conversations.
 
+    Attributes:
+        pictures: how many the usable entries have in all.
+        trimmed: what was shortened, by reason. broken: why entries cannot be used.
+    """
+
+    pictures: int
     trimmed: Counter[str]
     broken: dict[int, str]
 

@@ -53,6 +53,7 @@ class HubConversations:
         if len(self.dataset) == 0:
             raise ConversationError(f"{where} is empty: there is nothing to train on.")
         self.trimmed: Counter[str] = Counter()
+        self.pictures = 0
         self.broken = check_all(_light_entries(self.dataset), where, self._check, self.name, skip_broken)
 
     def __len__(self) -> int:
@@ -72,6 +73,7 @@ class HubConversations:
         check_image_count(self._messages(entry, self.trimmed), len(images))
         for number, image in enumerate(images):
             self._source(image, number)
+        self.pictures += len(images)
 
     def _source(self, image: Any, number: int) -> tuple[str, ImageSource]:
         if isinstance(image, dict):

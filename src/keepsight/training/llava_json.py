@@ -42,6 +42,7 @@ class LlavaConversations:
             raise FileNotFoundError(f"the image folder '{image_folder}' does not exist or is not a folder.")
         self.entries = _read_entries(self.path)
         self.trimmed: Counter[str] = Counter()
+        self.pictures = 0
         self.broken = check_all(self.entries, f"'{path}'", self._check, self.name, skip_broken)
 
     def __len__(self) -> int:
@@ -65,6 +66,7 @@ class LlavaConversations:
         check_image_count(self._messages(entry, self.trimmed), len(references))
         for reference in references:
             resolve_image(reference, self.image_folder)
+        self.pictures += len(references)
 
     @staticmethod
     def _messages(entry: dict[str, Any], trimmed: Counter[str]) -> list[Message]:

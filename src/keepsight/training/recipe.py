@@ -16,7 +16,7 @@ from keepsight.results.storage import disk_error
 from keepsight.training import record
 from keepsight.training.arguments import training_arguments
 from keepsight.training.config import DataConfig, ModelConfig, TrainConfig
-from keepsight.training.conversations import ConversationSource
+from keepsight.training.conversations import ConversationError, ConversationSource
 from keepsight.training.data import ConversationDataset, load_source
 from keepsight.training.encode import Encoder
 from keepsight.training.freeze import train_only
@@ -143,11 +143,17 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
 def _sources(config: TrainConfig) -> dict[DataConfig, ConversationSource]:
     """The data that the stages name, checked; stages on the same data share it."""
     sources: dict[DataConfig, ConversationSource] = {}
-    for stage in config.stages().values():
+    for name, stage in config.stages().items():
         data = config.data_of(stage)
         if data not in sources:
-            settings = {name: value for name, value in asdict(data).items() if name != "cache_megabytes"}
+            settings = {key: value for key, value in asdict(data).items() if key != "cache_megabytes"}
             sources[data] = load_source(**settings, skip_broken=config.skip_broken)
+        if config.pre_in(stage).active and not sources[data].pictures:
+            raise ConversationError(
+                f"none of the {len(sources[data])} entries for the stage '{name}' has a usable picture, so predictive "
+                f"regularization would do nothing: give data with pictures, or set {name}.pre: false (--{name}.pre "
+                "false), which trains on text alone."
+            )
     return sources
 
 
