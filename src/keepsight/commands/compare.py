@@ -43,11 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     from keepsight.report.curves import open_runs
     from keepsight.results import RunDirectory, write_rows
     from keepsight.results.arms import arms, pool
+    from keepsight.results.tasks import tasks_named
 
     for name in ("out", "rows"):
         if (file := getattr(given, name)) and not Path(file).parent.is_dir():
             raise ValueError(f"--{name} is '{file}', whose folder does not exist; create it, or choose another.")
-    loaded = [RunDirectory.open(folder).load() for folder in given.runs]
+    loaded = tasks_named([RunDirectory.open(folder).load() for folder in given.runs])
     attributions = [run for run in loaded if run.points]
     grouped = arms([run for run in loaded if not run.points])
     compared = [pool(runs) for runs in grouped]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from keepsight.report.metrics import preferred
 from keepsight.results import LoadedRun, Measurement, RunDirectory
+from keepsight.results.tasks import tasks_named
 
 
 class Series(NamedTuple):
@@ -65,7 +66,8 @@ def open_runs(runs: Sequence[RunDirectory | LoadedRun]) -> list[Run]:
     """
     if not runs:
         raise ValueError("a report needs at least one run; got none")
-    return [_index(run.load() if isinstance(run, RunDirectory) else run) for run in runs]
+    loaded = [run.load() if isinstance(run, RunDirectory) else run for run in runs]
+    return [_index(run) for run in tasks_named(loaded)]
 
 
 def apart(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:

@@ -23,9 +23,9 @@ from keepsight.report.metrics import (
     write_sample,
 )
 from keepsight.results import LoadedRun, Measurement, RunDirectory
+from keepsight.results.tasks import ANSWER_METRICS
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens", "attribution")  # for the terminal
-ANSWERS = ("answer_accuracy", "answer_prior", "answer_f1", "answer_yes", "pair_accuracy")
 _ALL_VARIANTS = ("gap",)  # the headline of the patch structure: raw and centred side by side
 
 
@@ -65,7 +65,7 @@ def answers(runs: Sequence[Run]) -> list[Line]:
     """Answer accuracy and its kin, all questions first, then by question type."""
     lines = []
     for target in sorted(targets_of(runs, "answer_accuracy"), key=lambda target: target != ""):
-        for name in ANSWERS:
+        for name in ANSWER_METRICS:
             rows = [run.at(Series(name, target), None) for run in runs]
             if any(rows):
                 title = f"{metric(name).title}, {target or 'all questions'}"
