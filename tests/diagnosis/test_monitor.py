@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerState
 from keepsight import FidelityCallback
 from keepsight.diagnosis.monitor import RIDGE, RunningRidge
 from keepsight.vlm.grids import ImageTokens
+from tests.families import FAMILIES
+from tests.pre.test_support import patches
 from tests.tiny import llava_clip_llama
 from tests.training.test_trainer import InOrder, make_trainer, samples, train
 
@@ -182,3 +184,25 @@ def test_several_gpus_in_one_process_are_refused():
     callback.on_step_begin(None, TrainerState(), None)
     with pytest.raises(ValueError, match=r"nn\.DataParallel.*torchrun --nproc_per_node"):
         model.model._replicate_for_data_parallel()(**batch)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision", "Qwen2.5-VL"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+def test_the_tokens_it_looks_at_are_those_of_patches(name, half):
+    """Newline tokens are no patches; and the numbers are float32's in a trainer with bf16=True."""
+    model, batch = FAMILIES[name].make()
+    callback = FidelityCallback()
+    callback.on_train_begin(None, None, None, model=model.train())
+    callback.on_step_begin(None, TrainerState(), None)
+    with torch.no_grad():  # in which the watch does not look
+        mask = patches(model, batch, model(**batch, output_hidden_states=True).hidden_states[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        inputs = model(**batch, output_hidden_states=True).hidden_states[0]
+    callback.on_train_end(None, TrainerState(), None)
+    pictures = inputs[mask].detach().float().split(FAMILIES[name].tokens)
+    units = [torch.nn.functional.normalize(one, dim=-1) for one in pictures]
+    cosines = [(((u @ u.T).sum() - len(u)) / (len(u) * (len(u) - 1))).item() for u in units]
+    (numbers,) = callback.history
+    assert numbers["sight_homogeneity_input"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
+    share = PCA().fit(torch.cat(pictures).double().numpy()).explained_variance_ratio_
+    assert numbers["sight_dimension_input"] == pytest.approx(1 / (share**2).sum(), rel=1e-4)

@@ -171,7 +171,7 @@ class FidelityCallback(TrainerCallback):
         if tokens.n_images:
             self._wanted, self._looked = False, True
             self._tokens = tokens
-            self._index = self._vlm.visual_mask(batch["input_ids"]).flatten().nonzero(as_tuple=True)[0]
+            self._index = tokens.batch_row * batch["input_ids"].shape[1] + tokens.position
 
     def _gather(self, hidden: Tensor) -> Tensor:
         assert self._index is not None
@@ -191,7 +191,8 @@ class FidelityCallback(TrainerCallback):
         tokens, given, held = self._tokens, self._input, self._output
         self._tokens = self._input = self._output = None  # layers that checkpointing computes again find nothing to do
         if tokens is not None and given is not None and held is not None:
-            self.look(given, self._gather(held), tokens)
+            with torch.autocast(given.device.type, enabled=False):  # bfloat16 would round cosines near 1 to 1/256
+                self.look(given, self._gather(held), tokens)
 
     def look(self, given: Tensor, held: Tensor, tokens: ImageTokens) -> dict[str, float]:
         """Compare the visual tokens at the input and at the layer, both [T, d]; returns the numbers to log."""
