@@ -1,6 +1,7 @@
 """`inject=True` in a trainer that is not changed: gradients and logs are those of the mixin."""
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 import keepsight
@@ -87,3 +88,21 @@ def test_a_baseline_logs_nothing_of_the_kind(tmp_path):
     trainer = make_trainer(model, tmp_path, samples(), InOrder, batch=8, callbacks=[handle])
     trainer.train()
     assert not any(name.startswith("pre_") for log in trainer.state.log_history for name in log)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data whose number nobody knows."""
+
+    def __iter__(self):
+        yield from samples()
+
+
+@pytest.mark.parametrize("kind", ["mixin", "injected"])
+def test_data_may_come_as_a_stream(tmp_path, kind):
+    model, _ = llava_clip_llama()
+    handle = keepsight.attach(model, inject=kind == "injected")
+    cls, callbacks = (InOrder, [handle]) if kind == "injected" else (PReTrainer, [])
+    trainer = make_trainer(model, tmp_path, Stream(), cls, batch=2, accumulate=2, max_steps=2, callbacks=callbacks)
+    trainer.train()
+    assert [log["pre_images"] for log in trainer.state.log_history if "loss" in log] == [4, 4]
+    assert handle.accumulation == 2

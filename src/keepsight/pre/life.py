@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from keepsight.pre.curves import Curves
 from keepsight.pre.sight import Seen
@@ -133,7 +134,7 @@ class ProofOfLife(TrainerCallback):
     def on_step_begin(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: an injected gradient must know the step's micro-batches; an epoch's last may have fewer."""
         wanted, loader = getattr(args, "gradient_accumulation_steps", 1), kwargs.get("train_dataloader")
-        if isinstance(loader, Sized) and len(loader):
+        if loader is not None and has_length(loader) and len(loader):  # streams have none
             updates = -(-len(loader) // wanted)
             last = state.global_step % updates == updates - 1
             wanted = len(loader) - (updates - 1) * wanted if last else wanted
