@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 
+from keepsight.pre.controls import ControlAnchor
 from keepsight.pre.head import PredictionHead
+from keepsight.pre.normalise import AnchorStatistics
 from keepsight.pre.objective import image_means, other_image_index, predictive_loss_sum, token_cosines
+from keepsight.pre.sight import _FIELDS, _joined
 from keepsight.vlm.grids import ImageTokens
 
 
@@ -91,3 +94,47 @@ def test_head_stays_float32_under_casts_and_autocast():
     assert torch.equal(head.up.weight, before)  # not rounded on the way
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("choice", [{"granularity": "relational", "distance": "mse"}, {"distance": "infonce"}], ids=str)
+def test_loss_and_gradient_under_autocast_are_those_in_float32(choice):
+    """Patches that are nearly alike, as visual tokens are: bfloat16 would call all their cosines 1."""
+    generator = torch.Generator().manual_seed(0)
+    anchor = 1 + 0.02 * torch.randn(6, 8, generator=generator)
+    found = []
+    for half in (False, True):
+        prediction = (1 + 0.02 * torch.randn(6, 8, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss = predictive_loss_sum(prediction, anchor, tokens([0] * 6), **choice)
+        loss.backward()
+        found.append((loss.item(), prediction.grad))
+    (plain, gradient), (mixed, gradient_mixed) = found
+    assert mixed == pytest.approx(plain, rel=1e-5)
+    assert gradient.norm() > 0
+    assert torch.allclose(gradient_mixed, gradient, rtol=1e-4, atol=1e-9)
+
+
+def test_whitening_under_autocast_is_in_float32():
+    statistics = AnchorStatistics(8, whiten=True)
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 10
+    statistics.collect(x)
+    statistics.commit()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = statistics(x)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, statistics(x))
+
+
+def test_what_a_checkpoint_gave_back_goes_to_where_the_batch_lies():
+    """It comes on the CPU, whatever the device of the training; "meta" stands for one that we may not have."""
+    here = tokens([0] * 4, [0, 1, 2, 3])
+    there = ImageTokens(**{name: getattr(here, name).to("meta") for name in _FIELDS}, grids=here.grids)
+    anchor, both = _joined(torch.zeros(4, 3, device="meta"), there, torch.zeros(4, 3), here)
+    assert (anchor.shape, both.n_images) == ((8, 3), 2)
+    assert {anchor.device.type, *(getattr(both, name).device.type for name in _FIELDS)} == {"meta"}
+    control = ControlAnchor("other_image", seed=0)
+    control.last = torch.zeros(4, 3), (((2, 2),),)
+    zero = torch.zeros(4, dtype=torch.long)
+    row, column = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    one = ImageTokens(zero, zero, zero, zero, zero.bool(), row, column, grids=(((2, 2),),))
+    assert control(torch.zeros(4, 3, device="meta"), one, 0, 0).device.type == "meta"

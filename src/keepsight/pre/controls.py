@@ -51,7 +51,7 @@ class ControlAnchor:
         if not tokens.n_images:
             return anchor
         if len(grids) == 1 and self.last is not None:
-            pool, grids = torch.cat([pool, self.last[0]]), grids + self.last[1]
+            pool, grids = torch.cat([pool, self.last[0].to(pool)]), grids + self.last[1]
         starts = torch.tensor([0, *(_size(picture) for picture in grids)]).cumsum(0).tolist()
         found, own = [], tokens.image.cpu()
         for image in range(tokens.n_images):
@@ -91,7 +91,8 @@ def _gather(anchor: Tensor, grids: Grids) -> tuple[Tensor, Grids, int]:
     sizes = [sum(_size(picture) for picture in own) for own in everyone]
     if not any(sizes):
         return anchor, grids, 0
-    padded = anchor.new_zeros(max(sizes), anchor.shape[1])
+    # One type for all: a process without pictures does not know that of the others' anchors.
+    padded = anchor.new_zeros(max(sizes), anchor.shape[1], dtype=torch.float32)
     padded[: len(anchor)] = anchor
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)

@@ -48,7 +48,8 @@ class AnchorStatistics(Float32Module):
     def forward(self, target: Tensor) -> Tensor:
         """``[T, d]`` → ``[T, d]`` float32, centred or whitened by the steps before this one."""
         centred = target.float() - self.mean  # before the first step: minus zero, times one
-        return centred @ self.transform if self.whiten else centred
+        with torch.autocast(target.device.type, enabled=False):
+            return centred @ self.transform if self.whiten else centred
 
     @torch.no_grad()
     def collect(self, target: Tensor) -> None:

@@ -68,12 +68,12 @@ def predictive_loss_sum(
     counts = tokens.counts().tolist()
     for mine, target in zip(prediction.split(counts), anchor.split(counts), strict=True):
         if granularity == "relational":
-            mine, target = _gram(mine), _gram(target)
+            mine, target = _cosines(mine, mine), _cosines(target, target)
             if distance == "mse":  # of cosines, which need no further scale
                 total = total + (mine - target).square().mean()
                 continue
         if distance == "infonce":
-            logits = F.normalize(mine, dim=-1) @ F.normalize(target, dim=-1).T / temperature
+            logits = _cosines(mine, target) / temperature
             total = total + F.cross_entropy(logits, torch.arange(len(mine), device=mine.device))
         else:
             total = total + _distances(mine, target, distance).mean()
@@ -88,10 +88,13 @@ def _distances(prediction: Tensor, anchor: Tensor, distance: Distance) -> Tensor
     return (prediction - F.layer_norm(anchor, anchor.shape[-1:])).square().mean(dim=-1)
 
 
-def _gram(vectors: Tensor) -> Tensor:
-    """Cosines between the patches of one picture: ``[N, d]`` → ``[N, N]``."""
-    unit = F.normalize(vectors, dim=-1)
-    return unit @ unit.T
+def _cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Of every vector with every other: ``[N, d]`` and ``[M, d]`` → ``[N, M]``.
+
+    In float32 under autocast too, whose bfloat16 knows no cosines between 0.996 and 1.
+    """
+    with torch.autocast(one.device.type, enabled=False):
+        return F.normalize(one, dim=-1) @ F.normalize(other, dim=-1).T
 
 
 def other_image_index(tokens: ImageTokens) -> Tensor:

@@ -115,8 +115,7 @@ class Observer:
         cosines = token_cosines(prediction, anchor)
         pool, places = anchor, tokens
         if tokens.n_images == 1 and self._last is not None:
-            last_anchor, last = self._last
-            pool, places = torch.cat([anchor, last_anchor]), _joined(tokens, last)
+            pool, places = _joined(anchor, tokens, *self._last)
         other = other_image_index(places)[: len(anchor)]
         paired = other >= 0
         gain = cosines[paired] - token_cosines(prediction[paired], pool[other[paired]])
@@ -144,7 +143,10 @@ def _selected(tokens: ImageTokens, own: Tensor) -> ImageTokens:
     return replace(picture, image=torch.zeros_like(picture.image))
 
 
-def _joined(tokens: ImageTokens, more: ImageTokens) -> ImageTokens:
+def _joined(anchor: Tensor, tokens: ImageTokens, more_anchor: Tensor, more: ImageTokens) -> tuple[Tensor, ImageTokens]:
+    """Two batches as one, where the first lies: what a checkpoint gave back is on the CPU."""
     more = replace(more, image=more.image + tokens.n_images)
-    joined = {name: torch.cat([getattr(tokens, name), getattr(more, name)]) for name in _FIELDS}
-    return ImageTokens(**joined, grids=tokens.grids + more.grids)
+    pairs = {name: (getattr(tokens, name), getattr(more, name)) for name in _FIELDS}
+    joined = {name: torch.cat([own, other.to(own.device)]) for name, (own, other) in pairs.items()}
+    together = torch.cat([anchor, more_anchor.to(anchor.device)])
+    return together, ImageTokens(**joined, grids=tokens.grids + more.grids)
