@@ -1,6 +1,8 @@
 """The mixin in HF `Trainer`: exact normalisation, clipping, logging, proof of life."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,7 +71,7 @@ def make_trainer(
     model: Any,
     path: Any,
     data: list[dict[str, Any]],
-    cls: type[Trainer] = PReTrainer,
+    cls: Callable[..., Trainer] = PReTrainer,
     *,
     batch: int,
     accumulate: int = 1,
@@ -316,3 +318,17 @@ def test_text_alone_trains_no_projector_and_does_not_crash(tmp_path, weight):
     trainer, _ = train(model, tmp_path, data, batch=1, max_steps=8)
     assert trainer.state.global_step == 8
     assert not torch.equal(before, model.model.multi_modal_projector.linear_2.weight)
+
+
+@pytest.mark.slow
+def test_the_best_model_at_the_end_is_the_best_one(tmp_path):
+    """`Trainer` reads it by the names in the file, as when it resumes. The first step's is called best."""
+    once, _ = train(attached(), tmp_path / "once", samples(), batch=4, max_steps=1)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    with_data = partial(PReTrainer, eval_dataset=samples())
+    three = make_trainer(attached(), tmp_path / "three", samples(), with_data, batch=4, **settings, **best)
+    three.train()
+    assert three.state.best_global_step == 1
+    expected = once.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in three.model.state_dict().items())

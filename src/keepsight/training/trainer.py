@@ -109,21 +109,25 @@ class PReTrainerMixin(_Trainer):
         return (total, outputs) if return_outputs else total
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        self._resumed_from = resume_from_checkpoint
+        self._loaded_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        self._loaded_from = self.state.best_model_checkpoint
+        super()._load_best_model()
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Resuming: `Trainer` reads weights by the names in the file, and several families (LLaVA, …) have others in
-        memory; it would go on with the weights it happens to have. `from_pretrained` knows both names."""
+        """`Trainer` reads weights (resuming, and the best ones at the end) by the names in the file. Several families
+        (LLaVA, …) have others in memory, and it would go on with what it has; `from_pretrained` knows both names."""
         base = self.pre.vlm.base
         own = {name for name, _ in base.named_parameters() if HEAD not in name.split(".")}
         if own & set(load_result.missing_keys) and hasattr(base, "from_pretrained"):
-            plain = type(base).from_pretrained(self._resumed_from, dtype=base.dtype, use_safetensors=True)
+            plain = type(base).from_pretrained(self._loaded_from, dtype=base.dtype, use_safetensors=True)
             load_result = base.load_state_dict(plain.state_dict(), strict=False)
             lost = sorted(own & set(load_result.missing_keys))
             if lost:
                 raise ValueError(
-                    f"checkpoint '{self._resumed_from}' lacks {lost[:3]} ({len(lost)} in all), so training would go on "
+                    f"checkpoint '{self._loaded_from}' lacks {lost[:3]} ({len(lost)} in all), so training would go on "
                     "from other weights: it is of another model. Resume with the model it was written from."
                 )
             return
