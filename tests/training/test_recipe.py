@@ -184,7 +184,7 @@ def test_broken_pictures_are_counted_in_the_run(setting, pictures: Path) -> None
         train(TrainConfig(**{**setting, "out": setting["out"] + "2"}))
 
 
-@pytest.mark.parametrize("fault", ["data", "model", "layer", "trainer"])
+@pytest.mark.parametrize("fault", ["data", "model", "layer", "trainer", "trainer's own"])
 def test_a_refused_run_leaves_no_folder(setting, tmp_path: Path, fault: str) -> None:
     if fault == "data":
         (tmp_path / "data.json").write_text(json.dumps([entry("<image>", "red")]))
@@ -195,6 +195,9 @@ def test_a_refused_run_leaves_no_folder(setting, tmp_path: Path, fault: str) -> 
     elif fault == "layer":
         setting["pre"] = PReConfig(layer=9)
         expected = "9"
+    elif fault == "trainer's own":  # it refuses this when it is built, as it does a tracker that is not installed
+        setting["trainer"] = {**setting["trainer"], "eval_strategy": "epoch"}
+        expected = "eval_dataset"
     else:
         setting["trainer"] = {"loging_steps": 1}
         expected = "near it are logging_steps"

@@ -131,9 +131,10 @@ class Stages:
                 return
         set_seed(self.config.seed + number)  # of its own, so that a stage does not hang on how the one before was run
         dataset.prepare_with(handle.prepare if handle.needs_pictures else None)
-        trainer = self._trainer(stage, dataset, handle, arguments)
-        trainer.pre_totals |= totals
+        trainer: KeepsightTrainer | None = None
         try:
+            trainer = self._trainer(stage, dataset, handle, arguments)  # which refuses what only it can know
+            trainer.pre_totals |= totals
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.read_log()
             _found(trainer, dataset)
@@ -142,15 +143,18 @@ class Stages:
             kept = any(self._kept(stage_name) is not None for stage_name in self.config.stages())
             if unusable and kept:
                 raise type(error)(f"{error} What was trained is kept: repeat the command with --resume.") from error
-            nothing = not (kept or self.resuming or self._curves) and (unusable or trainer.state.global_step == 0)
+            begun = trainer is not None and trainer.state.global_step > 0
+            nothing = not (kept or self.resuming or self._curves) and (unusable or not begun)
             if self.run is not None and nothing:
-                trainer.state.log_history = []
+                if trainer is not None:
+                    trainer.state.log_history = []
                 shutil.rmtree(self.run.path / STAGES, ignore_errors=True)
                 record.undo(self.run)
                 self.run = None
             raise
         finally:
-            self._write(name, learning, trainer.state.global_step, trainer.state.log_history, trainer.pre_totals)
+            if trainer is not None:
+                self._write(name, learning, trainer.state.global_step, trainer.state.log_history, trainer.pre_totals)
 
     def detach(self) -> dict[str, Any]:
         """Take PRe off the model; returns depth, width and PRe's layer for run.json."""
