@@ -169,6 +169,9 @@ def test_batches_are_made_up_of_micro_batches(tmp_path: Path, monkeypatch) -> No
 def test_trainer_settings_that_clash_or_do_not_exist() -> None:
     with pytest.raises(ValueError, match=r"trainer.learning_rate is decided by the recipe: use <stage>.lr instead"):
         check_trainer_settings({"learning_rate": 1})
+    for name in ("save_total_limit", "save_only_model"):  # either would take away what --resume goes on from
+        with pytest.raises(ValueError, match=rf"trainer.{name} is decided by the recipe: use keep_weights instead"):
+            check_trainer_settings({name: 1})
     with pytest.raises(ValueError, match=r"trainer.loging_steps is no field .*near it are logging_steps"):
         check_trainer_settings({"loging_steps": 1})
 

@@ -27,6 +27,8 @@ OWNED = {
     "weight_decay": "<stage>.weight_decay",
     "save_strategy": "save_steps",
     "save_steps": "save_steps",
+    "save_total_limit": "keep_weights",  # an older checkpoint stays until the new one is whole
+    "save_only_model": "keep_weights",  # --resume needs the optimizer
     "resume_from_checkpoint": "--resume",
     "remove_unused_columns": "nothing: it must stay off",
 }
