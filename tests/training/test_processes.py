@@ -33,6 +33,10 @@ def run(processes: int, mode: str, out: Path, *settings: str, **environment: str
         ("trainer", ('anchor="moving_average"', "anchor_decay=0.5")),
         ("trainer-images", ('normalise="centred"',)),
         ("trainer-images", ('control="other_image"',)),
+        # Under checkpointing `Trainer` lets DDP not look for parameters that a process without pictures does not use.
+        ("trainer-images", ("gradient_checkpointing=true", 'learns=["projector","language_model"]')),
+        ("trainer-images", ("gradient_checkpointing=true", 'learns=["projector"]', "weight=0")),
+        ("trainer-images", ('learns=["projector"]', "weight=0")),
         ("injected", ()),
         ("injected-images", ()),
         ("loop", ()),
@@ -52,3 +56,13 @@ def test_two_processes_train_like_one(tmp_path, mode, settings):
                 assert double[name] == pytest.approx(single[name], abs=2e-5), name
     for name in one["parameters"].keys() & two["parameters"].keys():
         assert two["parameters"][name] == pytest.approx(one["parameters"][name], abs=2e-4), name
+
+
+@pytest.mark.slow
+def test_a_process_without_pictures_takes_part_in_another_ones_type(tmp_path):
+    """bfloat16 weights, and a control that asks all processes for their anchors."""
+    setting = ('control="other_image"', 'dtype="bfloat16"')
+    one, two = (run(n, "trainer-images", tmp_path / f"{n}.json", *setting) for n in (1, 2))
+    for single, double in zip(one["log"], two["log"], strict=True):
+        assert double["pre_images"] == single["pre_images"] > 0
+        assert double["pre_loss"] == pytest.approx(single["pre_loss"], abs=0.02)

@@ -5,7 +5,7 @@
 MODE: trainer (HF Trainer with the mixin; DDP, or FSDP2 where the environment asks for it as `accelerate launch` does),
 injected (HF Trainer as it is, PRe with ``inject=True`` and its callback, no learning),
 loop (a plain loop, DDP), fsdp (a plain loop, FSDP2), with "-images" behind it for data where only one process ever has
-pictures, and further settings of PRe as name=value.
+pictures, and further settings of PRe as name=value; so are gradient_checkpointing, dtype and `learns` (parts).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import keepsight
+from keepsight.training.config import PARTS
+from keepsight.training.freeze import train_only
 from keepsight.training.sharding import is_sharded
 from tests.tiny import llava_clip_llama
 from tests.training.test_trainer import InOrder, PReTrainer, collate, make_trainer, samples, train
@@ -61,7 +63,10 @@ def main(mode: str, out: str, *settings: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
     kind, one_sided = mode.removesuffix("-images"), mode.endswith("-images")
+    checkpointing, dtype = values.pop("gradient_checkpointing", False), values.pop("dtype", "float32")
     model, _ = llava_clip_llama()
+    model.to(getattr(torch, dtype))
+    train_only(model, values.pop("learns", PARTS))
     handle = keepsight.attach(model, keepsight.PReConfig(**values), inject=kind == "injected")
     rows = data(one_sided)
     head_types: list[torch.dtype] = []
@@ -69,7 +74,8 @@ def main(mode: str, out: str, *settings: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "trainer":
         path = Path(out).with_suffix(".trainer")
-        trainer, _ = train(model, path, rows, PReTrainer, batch=BATCH // processes, max_steps=STEPS, max_grad_norm=1.0)
+        options: Any = {"max_steps": STEPS, "max_grad_norm": 1.0, "gradient_checkpointing": checkpointing}
+        trainer, _ = train(model, path, rows, PReTrainer, batch=BATCH // processes, **options)
         log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
         rank = trainer.args.process_index
     elif kind == "injected":

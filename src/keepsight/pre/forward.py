@@ -16,7 +16,7 @@ from keepsight.pre.config import PReConfig
 from keepsight.pre.controls import ControlAnchor
 from keepsight.pre.external import PIXELS, POINTS
 from keepsight.pre.head import Predictors
-from keepsight.pre.inject import connected, with_gradient_of
+from keepsight.pre.inject import connect, connected, with_gradient_of
 from keepsight.pre.objective import predictive_loss_sum
 from keepsight.pre.sight import Observer, Seen
 from keepsight.vlm.features import before_decoder
@@ -138,7 +138,10 @@ class ForwardPass(OfModel):
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._disarm()
         self.loss_sum = None
-        if not (self.config.active and module.training and torch.is_grad_enabled()):
+        training = module.training and torch.is_grad_enabled()
+        self._together = dist.is_available() and dist.is_initialized()
+        self._blind = training and self._together and kwargs.get("pixel_values") is None
+        if not (self.config.active and training):
             return
         refuse_replica(module)
         batch = self.vlm.bind(args, kwargs)
@@ -162,7 +165,7 @@ class ForwardPass(OfModel):
             self._inputs = self._gather(hidden.detach())  # stop-gradient
         if not (module.training and torch.is_grad_enabled() and isinstance(self.vlm.base, FSDPModule)):
             return None
-        hidden = connected(hidden, self._sharded_zero())
+        hidden = connected(hidden, self._zero_before_decoder())
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _take_state(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -179,14 +182,14 @@ class ForwardPass(OfModel):
         return state if isinstance(output, torch.Tensor) else (state, *output[1:])
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._blind and not isinstance(self.vlm.base, FSDPModule):  # whose layers had it
+            connect(output, self._zero_before_decoder())
         if self._tokens is None:
             return None
         if not self.inject:
             self.loss_sum = self._loss_of(self.layers)
-            if dist.is_available() and dist.is_initialized():
-                for name in ("last_hidden_state", "logits", "loss"):  # the latter two where the core has the LM head
-                    if getattr(output, name, None) is not None:
-                        setattr(output, name, connected(getattr(output, name), self.loss_sum))
+            if self._together:
+                connect(output, self.loss_sum)
         self.in_step += 1
         seen = Seen.mean(list(self.seen.values()))
         if seen.images or seen.had_pixels:
@@ -195,12 +198,13 @@ class ForwardPass(OfModel):
         self._extra = {}
         return output
 
-    def _sharded_zero(self) -> Tensor:
-        """A zero connected to what learns between pixels and decoder, for the decoder's input under FSDP2.
+    def _zero_before_decoder(self) -> Tensor:
+        """A zero connected to what learns between pixels and decoder, with PRe or without.
 
-        Its processes gather each layer's weights and reduce each group's gradients together, and wait for ever for one
-        that without a picture has no gradient to send there, or none to send back. So every process sends all of them
-        one, with PRe or without.
+        Processes reduce gradients together, and wait for ever for one that without a picture has none to send. Under
+        DDP (where it does not look for unused parameters, as under gradient checkpointing) it is for the output of a
+        forward without a picture. FSDP2's also gather each layer's weights together, so every process has it at every
+        decoder's input.
         """
         parts = [parameter.sum().float() for _, parameter in before_decoder(self.vlm) if parameter.requires_grad]
         return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())

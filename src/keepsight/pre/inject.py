@@ -36,3 +36,10 @@ def connected(hidden: Tensor, loss: Tensor) -> Tensor:
     beside the outputs must be seen from them, or its parameters are taken for unused.
     """
     return _WithGradientOf.apply(hidden, loss, 0.0)
+
+
+def connect(output: Any, loss: Tensor) -> None:
+    """Give a core's output, in place, what `connected` gives a tensor."""
+    for name in ("last_hidden_state", "logits", "loss"):  # the latter two where the core has the LM head
+        if getattr(output, name, None) is not None:
+            setattr(output, name, connected(getattr(output, name), loss))

@@ -77,6 +77,7 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
     settings: dict[str, Any] = {
         "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": not _reentrant(config.trainer),
         **config.trainer,
     }
     try:
@@ -98,6 +99,16 @@ def training_arguments(config: TrainConfig, name: str, stage: StageConfig) -> Tr
         )
     except (ValueError, TypeError) as cause:
         raise ValueError(f"transformers refuses the trainer settings of stage '{name}': {cause}") from cause
+
+
+def _reentrant(settings: dict[str, Any]) -> bool:
+    """Whether checkpointing is of the kind under which DDP must not look for unused parameters.
+
+    Else it must: an encoder that learns has layers behind the one that is read. `Trainer` lets it only without
+    checkpointing.
+    """
+    names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    return any((settings.get(name) or {}).get("use_reentrant") for name in names)
 
 
 def _on_logged_steps(save_steps: int | None, settings: dict[str, Any]) -> int:
