@@ -179,3 +179,22 @@ def test_another_number_of_processes_is_refused(setting, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="was started with 2 processes and cannot go on with 4: give as many"):
         reopen(config)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_are_uninterrupted(tmp_path, pictures):
+    """Each remembers its own last picture. The encoder learns, whose last layer nobody reads, under checkpointing."""
+    full = {"train": ["projector", "language_model", "encoder"], "batch_size": 2, "micro_batch_size": 1, "max_steps": 4}
+    trainer = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "gradient_checkpointing": True}
+    first = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2}
+    made = recipe(tmp_path, pictures, projector=first, full=full, trainer=trainer)
+    two = ("--standalone", "--nproc_per_node=2", "-m", "tests.training.killed")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run("torch.distributed.run", *two, "never", made, "--out", whole)
+    run("torch.distributed.run", *two, "step:full:3", made, "--out", out, code=1)
+    run("torch.distributed.run", *two, "never", made, "--out", out, "--resume")
+    expected = read_curves(whole)
+    assert [row["step"] for row in expected if "pre_margin" in row][-1] == 4
+    assert read_curves(out) == expected
+    one, again = (load_file(path / "model" / "model.safetensors") for path in (whole, out))
+    assert same(one, again)

@@ -22,11 +22,12 @@ from transformers import TrainerCallback
 
 from keepsight.pre import Handle
 from keepsight.pre.handle import HEAD
+from keepsight.processes import rank
 from keepsight.results import make_folder, write_file
 from keepsight.training.sharding import is_sharded, load_whole_weights
 
 WEIGHTS = "weights.safetensors"
-MEMORY = "pre_memory.pt"
+MEMORY = "pre_memory_{rank}.pt"  # of each process: the pictures that it saw
 KEPT = "weights"  # in the folder of a stage
 MARK = "complete.json"
 
@@ -89,13 +90,12 @@ class Checkpoints(TrainerCallback):
         self.keep_weights = keep_weights
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        also = self.also()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save({**self.handle.memory(), **self.also()}, folder / MEMORY.format(rank=rank()))
         if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # every process has written its random state
+            dist.barrier()  # every process has written what is its own
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save({**self.handle.memory(), **also}, folder / MEMORY)
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         if self.keep_weights:
             _keep(folder / WEIGHTS, folder.parent / KEPT / f"step-{state.global_step}")
@@ -151,5 +151,5 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """What `Handle.memory` gave, and what else was to be remembered."""
-    return torch.load(folder / MEMORY, weights_only=True, map_location="cpu")
+    """What `Handle.memory` gave in this process, and what else was to be remembered; on the CPU."""
+    return torch.load(folder / MEMORY.format(rank=rank()), weights_only=True, map_location="cpu")
