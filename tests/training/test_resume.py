@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from keepsight.training.checkpoints import WEIGHTS, latest
@@ -62,8 +64,6 @@ def run(module: str, *arguments: object, code: int = 0) -> str:
 
 def started(folder: Path, **more: Any) -> tuple[Path, Path]:
     """A recipe, and the run of it that nobody stopped."""
-    from PIL import Image
-
     pictures = folder / "pictures"
     pictures.mkdir()
     for color in ("red", "blue"):
@@ -188,13 +188,18 @@ def test_two_processes_killed_and_resumed_are_uninterrupted(tmp_path, pictures):
     trainer = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "gradient_checkpointing": True}
     first = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2}
     made = recipe(tmp_path, pictures, projector=first, full=full, trainer=trainer)
+    noise = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)
+    for number, picture in enumerate(noise):  # no two alike, one in each sample
+        Image.fromarray(picture).save(pictures / f"{number}.png")
+    entries = [entry("<image>\nwhat color ?", "red", image=f"{number}.png") for number in range(len(noise))]
+    (tmp_path / "data.json").write_text(json.dumps(entries), encoding="utf-8")
     two = ("--standalone", "--nproc_per_node=2", "-m", "tests.training.killed")
     whole, out = tmp_path / "whole", tmp_path / "run"
     run("torch.distributed.run", *two, "never", made, "--out", whole)
     run("torch.distributed.run", *two, "step:full:3", made, "--out", out, code=1)
     run("torch.distributed.run", *two, "never", made, "--out", out, "--resume")
     expected = read_curves(whole)
-    assert [row["step"] for row in expected if "pre_margin" in row][-1] == 4
+    assert [row["step"] for row in expected if "pre_margin" in row][-2:] == [3, 4]
     assert read_curves(out) == expected
     one, again = (load_file(path / "model" / "model.safetensors") for path in (whole, out))
     assert same(one, again)
