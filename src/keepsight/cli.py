@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given[0] not in COMMANDS:
             _parser().error(f"there is no command '{given[0]}'; allowed: {', '.join(COMMANDS)}")
         else:
-            return import_module(f"keepsight.commands.{given[0]}").main(given[1:]) or 0
+            status = import_module(f"keepsight.commands.{given[0]}").main(given[1:]) or 0
+            if "torch" in sys.modules:
+                import_module("keepsight.processes").part()
+            return status
     except KeyboardInterrupt:
         return 130
     except Exception as error:

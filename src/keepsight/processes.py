@@ -39,6 +39,15 @@ def barrier() -> None:
         dist.barrier(_group())
 
 
+def part() -> None:
+    """End what the processes met in, when all are here. Without it, a process that ends well may still abort at exit,
+    where its group's threads are torn down, and torchrun would call the whole run failed."""
+    if dist.is_available() and dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+        _group.cache_clear()
+
+
 @dataclass(frozen=True)
 class Team:
     """The processes that share a job; alone unless `team` made it. Every method must be called by all of them."""

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import keepsight
+from keepsight.processes import part
 from keepsight.training.config import PARTS
 from keepsight.training.freeze import train_only
 from keepsight.training.sharding import is_sharded
@@ -91,6 +92,7 @@ def main(mode: str, out: str, *settings: str) -> None:
         for name, p in model.named_parameters()
         if kind != "fsdp" or processes == 1
     }
+    part()
     if rank == 0:
         head = str(head_types[-1]) if head_types else None
         found = {"head": head, "log": log, "parameters": parameters, "sharded": is_sharded(model)}
@@ -135,9 +137,6 @@ def plain_loop(kind: str, model: Any, handle: Any, rows: list[Any], processes: i
         if processes > 1:
             dist.all_reduce(numbers)
         log.append({"lm_loss": numbers[0].item(), "pre": numbers[1].item()})
-    if processes > 1:
-        dist.barrier()
-        dist.destroy_process_group()
     return log
 
 

@@ -1,8 +1,6 @@
 """What a training log says of the predictive loss: means since the last log, over all processes.
 
-``pre_loss`` (L_PRe, without λ), ``pre_cosine``, ``pre_margin`` (see `keepsight.pre.sight.Sight`), and per step
-``pre_images``, ``pre_tokens``, ``pre_skipped``; with several layers ``pre_cosine_<layer>`` for each, with a schedule
-``pre_weight``, λ at the latest step.
+The numbers are those that `keepsight.training.trainer.PReTrainerMixin` names.
 """
 
 from __future__ import annotations

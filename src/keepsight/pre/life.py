@@ -109,7 +109,7 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
 
 class ProofOfLife(TrainerCallback):
     """The part of `Handle` that a trainer calls: it stops a run whose predictive loss is dead, and with ``inject=True``
-    logs the numbers of `keepsight.pre.curves` with the trainer's own. All processes must log."""
+    logs the ``pre_*`` numbers of `PReTrainerMixin` with the trainer's own. All processes must log."""
 
     def assert_alive(self: Handle, optimizer: torch.optim.Optimizer) -> None:
         """Check, after the backwards and before the optimizer step, that the predictive loss trains something.

@@ -27,7 +27,9 @@ class PReTrainerMixin(_Trainer):
     of 8 and eight accumulated batches of 1 train alike, whatever share of samples holds pictures.
 
     Logged beside the trainer's own numbers, as means since the last log over all processes: ``lm_loss`` (what the
-    bare trainer would have logged as ``loss``) and the numbers of `keepsight.pre.curves`.
+    bare trainer would have logged as ``loss``), ``pre_loss`` (L_PRe, without λ), ``pre_cosine``, ``pre_margin`` (see
+    `keepsight.pre.sight.Sight`), and per step ``pre_images``, ``pre_tokens``, ``pre_skipped``; with several layers
+    ``pre_cosine_<layer>`` for each, with a schedule ``pre_weight``, λ at the latest step.
 
     The head's gradient is clipped apart from the model's (``max_grad_norm`` each), so that the head cannot change how
     far the model steps. Before the first step that saw pictures `Handle.assert_alive` stops a dead run.
