@@ -198,6 +198,8 @@ class FidelityCallback(TrainerCallback):
         """Compare the visual tokens at the input and at the layer, both [T, d]; returns the numbers to log."""
         projection = self._project(given)
         x, y = held @ projection, given @ projection
+        if x.device.type == "mps":  # Apple's GPUs lack float64
+            x, y = x.cpu(), y.cpu()
         groups = Groups.build(tokens.image, tokens.n_images)
         numbers: dict[str, float] = {}
         score = self._ridge.score(x, y)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from keepsight.pre.float32 import finest
+
 if TYPE_CHECKING:
     from keepsight.pre.handle import Handle
 
@@ -36,14 +38,13 @@ class Curves:
         # Cosines of the layers, where there are several, stand behind the fields.
         self._layers = tuple(handle.layers) if len(handle.layers) > 1 else ()
         self._weight = handle.weight if handle.config.warmup_steps or handle.config.decay_steps else None
-        row = torch.zeros(
-            len(self.FIELDS) + len(self._layers), dtype=torch.float64, device=handle.predictors.steps.device
-        )
+        device = handle.predictors.steps.device
+        row = torch.zeros(len(self.FIELDS) + len(self._layers), dtype=finest(device), device=device)
         row[0] = beside
         if seen is not None and summed is not None:
             numbers = [summed, seen.cosine_sum, seen.gain_sum, seen.paired]
             row[1:5] = torch.stack([number.to(row) for number in numbers])
-            row[5:8] = torch.tensor([seen.images, seen.tokens, seen.skipped], dtype=torch.float64)
+            row[5:8] = torch.tensor([seen.images, seen.tokens, seen.skipped], dtype=row.dtype)
             for number, layer in enumerate(self._layers, start=len(self.FIELDS)):
                 row[number] = handle.seen_at(layer).cosine_sum
         self._sums = row if self._sums is None else self._sums + row

@@ -1,11 +1,17 @@
-"""Modules whose tensors stay float32 whatever the model around them is cast to."""
+"""Precision: modules whose tensors stay float32 whatever is cast around them, and what running sums are kept in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor, nn
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """What running sums are kept in: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Float32Module(nn.Module):

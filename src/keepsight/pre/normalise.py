@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from keepsight.pre.float32 import Float32Module
+from keepsight.pre.float32 import Float32Module, finest
 
 MOMENTUM = 0.99  # of the running statistics, once there are many steps
 SHRINKAGE = 0.01  # share of the mean variance added to every direction before whitening
@@ -54,7 +54,7 @@ class AnchorStatistics(Float32Module):
     @torch.no_grad()
     def collect(self, target: Tensor) -> None:
         """Remember ``[T, d]`` until the step ends."""
-        x = target.double()
+        x = target.to(finest(target.device))
         if self._count is None:
             self._count = x.new_zeros(())
             self._first = x.new_zeros(x.shape[1])
@@ -71,7 +71,8 @@ class AnchorStatistics(Float32Module):
         width = len(self.mean)
         count, first = self._count, self._first
         if count is None or first is None:  # a process that saw no picture
-            count, first = self.mean.new_zeros((), dtype=torch.float64), self.mean.new_zeros(width, dtype=torch.float64)
+            sums = self.mean.to(finest(self.mean.device))
+            count, first = sums.new_zeros(()), sums.new_zeros(width)
         second = self._second
         if self.whiten and second is None:
             second = first.new_zeros(width, width)
@@ -90,7 +91,7 @@ class AnchorStatistics(Float32Module):
             covariance = second / count - mean[:, None] * mean[None, :]
             self.covariance.lerp_(covariance.float(), share)
             if int(self.seen) % REFRESH == 1 or int(self.seen) < 5:
-                values, vectors = torch.linalg.eigh(self.covariance.double())
+                values, vectors = torch.linalg.eigh(self.covariance.to(finest(self.covariance.device)))
                 floor = SHRINKAGE * values.clamp(min=0).mean().clamp(min=1e-12)
                 scaled = vectors / (values.clamp(min=0) + floor).sqrt()
                 self.transform.copy_((scaled @ vectors.T).float())
