@@ -58,6 +58,23 @@ def test_paper_size_equals_the_pairwise_definition_across_chunks():
     torch.testing.assert_close(result.coupling.double(), coupling, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("far_fewer", [False, True])
+def test_objects_that_overlap_equal_the_pairwise_definition(far_fewer):
+    """Tokens of the same objects are one part; past two parts a group, the groups are summed themselves."""
+    tokens, members = random_case(9)
+    nested = torch.stack([members[0] | members[1], (torch.arange(60) % 2 == 0) & members[0]])
+    members = torch.cat([members, nested])
+    if far_fewer:
+        members = torch.cat([members, torch.rand(4, 60, generator=torch.Generator().manual_seed(0)) > 0.5])
+    groups = Groups.build(torch.zeros(60, dtype=torch.long), 1, members, torch.zeros(len(members), dtype=torch.long))
+    assert (len(groups.parts), len(groups.weights)) == ((10, 10) if far_fewer else (5, 6))
+    assert groups.weights.bool().equal(torch.cat([torch.ones(1, 60, dtype=torch.bool), members]))
+    result = structure(tokens, groups)
+    cohesion, coupling = pairwise(tokens, members)
+    torch.testing.assert_close(result.cohesion.double(), cohesion, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.coupling.double(), coupling, atol=1e-5, rtol=0)
+
+
 def test_planted_structure():
     """Orthogonal objects: cohesion 1, coupling 0. One shared direction of equal size: coupling 1/2."""
     label = torch.arange(12) % 3

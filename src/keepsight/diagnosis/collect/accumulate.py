@@ -123,7 +123,7 @@ class Accumulator:
         absent = x.new_full((batch.n_images, len(VALUES)), float("nan"))
         count = x.new_zeros(batch.n_images, 1)
         if any_sinks:
-            count[:, 0] = everything.weights[everything.image_row] @ sinks.float()
+            count[:, 0] = everything.weights[: everything.n_images] @ sinks.float()
             # Summed without the sinks, not subtracted from the sum: beside them the rest would lose its digits.
             self._taken["bare"].append(kept.mean_weights[count[:, 0] > 0] @ x)
         rows = [blocks[s][0] if s in blocks else absent for s in SCOPES]

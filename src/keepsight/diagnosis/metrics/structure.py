@@ -8,6 +8,7 @@ formed: O(N·d) instead of O(N²·d).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,19 +44,17 @@ def membership(coverage: Tensor, threshold: float = 0.5) -> Tensor:
 
 @dataclass(frozen=True)
 class Groups:
-    """The sums to take over the T tokens of a batch: one for each of B images, one for each of K objects.
+    """Which of the T tokens of a batch are in which of its groups: B images, then K objects.
 
-    weights: [B + K, T], 1 where the token is in the group; each image's row is followed by those of its objects, so
-    that the groups of neighbouring tokens are neighbouring rows.
-    image_row: [B] and object_row: [K], where the groups lie in it; owner: [K], the image of an object;
-    image: [T], the image of a token; counted: bool [B], the images whose neighbours `near` is of.
+    parts: [P, T], 1 where the token is in the part: the tokens that are in the same groups, in the order of their
+    first; members: [B + K, P], 1 where the part is in the group; owner: [K], the image of an object; counted: bool [B],
+    the images whose neighbours `near` is of. Sums over the groups are `members` times those over the parts, and a few
+    neighbouring tokens are in a few parts.
     """
 
-    weights: Tensor
-    image_row: Tensor
-    object_row: Tensor
+    parts: Tensor
+    members: Tensor
     owner: Tensor
-    image: Tensor
     counted: Tensor
 
     @classmethod
@@ -75,24 +74,26 @@ class Groups:
         image = image.long()
         if bool((image.diff() < 0).any()):
             raise ValueError("tokens must come image by image, in rising order; got image numbers that fall")
-        images = torch.nn.functional.one_hot(image, n_images).T.to(torch.float32)
+        groups = torch.nn.functional.one_hot(image, n_images).T.to(torch.float32)
         if objects is None or owner is None:
             objects, owner = image.new_zeros((0, image.shape[0])), image.new_zeros(0)
-        owner = owner.long()
         if counted is None:
             counted = torch.ones(n_images, dtype=torch.bool, device=image.device)
-        order = torch.cat([torch.arange(n_images, device=owner.device), owner]).argsort(stable=True)
-        place = order.argsort()
-        weights = torch.cat([images, objects.to(images)], dim=0)[order]
-        return cls(weights, place[:n_images], place[n_images:], owner, image, counted)
+        groups = torch.cat([groups, objects.to(groups)])
+        return cls(*_parts(groups), owner.long(), counted)
 
     @property
     def n_images(self) -> int:
-        return self.image_row.shape[0]
+        return self.members.shape[0] - self.owner.shape[0]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[B + K, T], 1 where the token is in the group."""
+        return self.members @ self.parts
 
     @cached_property
     def sizes(self) -> Tensor:
-        """[B + K], tokens in each group (rows as in `weights`)."""
+        """[B + K], tokens in each group."""
         return self.weights.sum(dim=1)
 
     @cached_property
@@ -101,7 +102,7 @@ class Groups:
 
         NaN where there is none; for objects, unless both exist.
         """
-        images, objects = self.sizes[self.image_row], self.sizes[self.object_row]
+        images, objects = self.sizes[: self.n_images], self.sizes[self.n_images :]
         rest = images[self.owner] - objects
         defined = (objects >= 2) & (rest >= 1)
         inside, outside = objects * (objects - 1), objects * rest
@@ -116,24 +117,13 @@ class Groups:
     @cached_property
     def mean_weights(self) -> Tensor:
         """[B, T], what averages over the tokens of each image; NaN for an image without tokens."""
-        return self.weights[self.image_row] / self.sizes[self.image_row][:, None]
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """[B + K], the rows of all images, then of all objects."""
-        return torch.cat([self.image_row, self.object_row])
-
-    @cached_property
-    def own_pairs(self) -> Tensor:
-        """[B + K], pairs of a token with itself in each image, then in each object."""
-        return self.sizes[self.rows]
+        return self.weights[: self.n_images] / self.sizes[: self.n_images, None]
 
     @cached_property
     def products(self) -> Tensor:
         """[B + 2K], where the products that `pairs` belongs to lie in a flat [B + K, B + K] matrix of all products."""
-        left = torch.cat([self.rows, self.object_row])
-        right = torch.cat([self.rows, self.image_row[self.owner]])
-        return left * self.weights.shape[0] + right
+        every = torch.arange(self.members.shape[0], device=self.owner.device)
+        return torch.cat([every, every[self.n_images :]]) * len(every) + torch.cat([every, self.owner])
 
     @cached_property
     def defined(self) -> Tensor:
@@ -149,19 +139,21 @@ class Groups:
     @cached_property
     def near(self) -> Neighbourhood:
         """What each patch of each object is compared with."""
-        in_image, in_object = (self.weights[rows] > 0 for rows in (self.image_row, self.object_row))
-        return Neighbourhood.build(in_image, in_object, self.owner, self.counted)
+        inside = self.weights > 0
+        return Neighbourhood.build(inside[: self.n_images], inside[self.n_images :], self.owner, self.counted)
 
     def chunks(self, rows: int) -> list[tuple[slice, Tensor]]:
-        """For `rows` tokens at a time: the rows of `weights` that can be other than zero there, and that block."""
+        """For `rows` tokens at a time: the rows of `parts` from the first to the last in use there, and that block."""
         if rows not in self._chunks:
-            starts, image = self.image_row.tolist(), self.image.tolist()
-            ends, found = [*starts[1:], self.weights.shape[0]], []
-            for start in range(0, len(image), rows):
-                stop = min(start + rows, len(image))
-                concerned = slice(starts[image[start]], ends[image[stop - 1]])
-                found.append((concerned, self.weights[concerned, start:stop]))
-            self._chunks[rows] = found
+            n_parts, n_tokens = self.parts.shape
+            number = torch.arange(n_parts, device=self.parts.device)[:, None]
+            first = torch.where(self.parts > 0, number, n_parts).amin(dim=0).tolist()
+            last = torch.where(self.parts > 0, number, -1).amax(dim=0).tolist()
+            self._chunks[rows] = found = []
+            for start in range(0, n_tokens, rows):
+                stop = start + rows
+                concerned = slice(min(first[start:stop]), max(last[start:stop]) + 1)
+                found.append((concerned, self.parts[concerned, start:stop]))
         return self._chunks[rows]
 
     @cached_property
@@ -170,7 +162,7 @@ class Groups:
 
     def keep(self, tokens: Tensor) -> Groups:
         """The same groups with only these tokens in them (tokens: bool [T])."""
-        return Groups(self.weights * tokens, self.image_row, self.object_row, self.owner, self.image, self.counted)
+        return Groups(self.parts * tokens, self.members, self.owner, self.counted)
 
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean over the tokens of each image: [T] or [T, d] → [B] or [B, d], NaN without tokens."""
@@ -183,6 +175,23 @@ class Groups:
     def counted_mean(self, values: Tensor) -> Tensor:
         """`image_mean`, but NaN for images that are not counted."""
         return torch.where(self.counted[:, None], self.image_mean(values), float("nan"))
+
+
+def _parts(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups [G, T] → parts [P, T] and their groups [G, P]; the groups themselves where those are far fewer."""
+    n_groups, n_tokens = groups.shape
+    # Tokens of the same groups have the same sum of the groups' random numbers, and others almost surely have not.
+    number = torch.randint(1 << 62, (n_groups, 1), generator=torch.Generator().manual_seed(0)).to(groups.device)
+    _, part = torch.unique((groups.long() * number).sum(dim=0), return_inverse=True)
+    n_parts = int(part.max()) + 1 if n_tokens else 0
+    if 0 < n_parts <= 2 * n_groups:
+        token = torch.arange(n_tokens, device=groups.device)
+        first = torch.full_like(token[:n_parts], n_tokens).scatter_reduce(0, part, token, "amin")
+        first, order = first.sort()
+        parts, members = (part == order[:, None]).to(groups), groups[:, first]
+        if torch.equal(members @ parts, groups):
+            return parts, members
+    return groups, torch.eye(n_groups, device=groups.device)
 
 
 @dataclass(frozen=True)
@@ -207,32 +216,32 @@ class Structure:
 def unit_sums(
     tokens: Tensor, groups: Groups, centre: Tensor | None = None, channels: Tensor | None = None, floor: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Sums of unit vectors over each group: [T, d] → ([B + K, d], norms [T]).
+    """Sums of unit vectors over each part of the groups: [T, d] → ([P, d], norms [T]).
 
     centre: [d], taken off first. channels: [d], 0 for the channels to leave out, 1 for the others. floor: the least
     norm to divide by; a zero token makes the sums NaN without one, and counts as the zero vector with one.
     """
     n_tokens, width = tokens.shape
-    n_groups = groups.weights.shape[0]
-    sums = tokens.new_zeros((n_groups, width), dtype=torch.float32)
+    sums = tokens.new_zeros((groups.parts.shape[0], width), dtype=torch.float32)
     norms = tokens.new_empty(n_tokens, dtype=torch.float32)
-    rows = max(32, CHUNK_BYTES // (4 * width)) if tokens.device.type == "cpu" else n_tokens
+    in_chunks = tokens.device.type == "cpu"
+    rows = max(32, CHUNK_BYTES // (4 * width)) if in_chunks else n_tokens
     # Beside two passes over a chunk that streams through the cache each further operation costs as much as a tenth
-    # of them, so the loop holds only what it must.
-    for chunk, norm, (concerned, weights) in zip(
-        tokens.split(rows), norms.split(rows), groups.chunks(rows), strict=True
-    ):
-        if chunk.dtype is not torch.float32:
-            chunk = chunk.float()
-        if centre is not None:
-            chunk = chunk - centre
-        if channels is not None:
-            chunk = chunk * channels
-        torch.linalg.vector_norm(chunk, dim=1, out=norm)
-        if floor:
-            norm.clamp_min_(floor)
-        target = sums if weights.shape[0] == n_groups else sums[concerned]
-        target.addmm_(weights / norm, chunk)
+    # of them, so the loop holds only what it must; what gradients would need at each is a tenth of the whole.
+    with torch.inference_mode(in_chunks):
+        for chunk, norm, (concerned, weights) in zip(
+            tokens.split(rows), norms.split(rows), groups.chunks(rows), strict=True
+        ):
+            if chunk.dtype is not torch.float32:
+                chunk = chunk.float()
+            if centre is not None:
+                chunk = chunk - centre
+            if channels is not None:
+                chunk = chunk * channels
+            torch.linalg.vector_norm(chunk, dim=1, out=norm)
+            if floor:
+                norm.clamp_min_(floor)
+            sums[concerned].addmm_(weights / norm, chunk)
     return sums, norms
 
 
@@ -252,12 +261,13 @@ def structure(
         coupling_k = mean cosine between object k and every other patch of its image.
     """
     sums, norms = unit_sums(tokens, groups, centre, channels)
-    own = groups.own_pairs
-    if len(norms) and float(norms.min()) == 0:
+    products, own = sums @ sums.T, groups.sizes
+    if math.isnan(float(products.sum())) and not norms.all():
         sums, _ = unit_sums(tokens, groups, centre, channels, floor=TINY)
-        own = (groups.weights @ (norms > 0).float())[groups.rows]
+        products, own = sums @ sums.T, groups.weights @ (norms > 0).float()
     b, k = groups.n_images, groups.owner.shape[0]
-    values = (sums @ sums.T).take(groups.products)  # Σ·Σ of images, Σ_k·Σ_k and Σ·Σ_k of objects
+    products = groups.members @ products @ groups.members.T
+    values = products.take(groups.products)  # Σ·Σ of images, Σ_k·Σ_k and Σ·Σ_k of objects
     values[b + k :] -= values[b : b + k]
     values[: b + k] -= own  # Σ|u_i|²
     values /= groups.pairs
