@@ -405,6 +405,13 @@ class TestProofOfLife:
         with pytest.raises(DeadLossError, match=r"If it is added, its gradient is zero .* 'relational'.* use 'patch'"):
             handle.assert_alive(optimizer)
 
+    @pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+    def test_a_gradient_that_overflowed_is_not_dead(self, scale):
+        model, batch, handle, optimizer = self.start()
+        model(**batch)
+        (scale * handle.loss).backward()
+        handle.assert_alive(optimizer)
+
     def test_constant_anchor(self):
         model, batch, handle, optimizer = self.start()
         projector = model.model.multi_modal_projector

@@ -84,12 +84,15 @@ def assert_alive(
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
-    """Whether a gradient other than zero is there; of a sharded one, in this process's share (no process waits)."""
+    """Whether a gradient other than zero is there; of a sharded one, in this process's share (no process waits).
+
+    NaN counts: a loss scaler's first scale overflows and its step is left out, which is not a dead loss.
+    """
     gradient = parameter.grad
     if gradient is None:
         return False
     own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return own.numel() == 0 or bool(own.abs().sum() > 0)
+    return own.numel() == 0 or bool(own.abs().sum() != 0)
 
 
 def of_deepspeed(optimizer: Any) -> Any:
