@@ -17,7 +17,7 @@ from _timing import finish, memory_of_process, reset_peak, seconds
 from keepsight.diagnosis.collect.passes import SAMPLE
 from keepsight.diagnosis.metrics.spectrum import GROUPS
 from keepsight.diagnosis.probes import fit
-from keepsight.diagnosis.probes.probe import L2_GRID, fit_probes
+from keepsight.diagnosis.probes.probe import fit_probes
 
 LAYERS, WIDTH, CLASSES = 33, 4096, 1000
 SCALED = 8
@@ -30,14 +30,14 @@ def on_paper(pictures: int) -> None:
     sizes = {
         "mean tokens, on disk": 4 * LAYERS * WIDTH * pictures,
         "sample of tokens, on disk": 4 * LAYERS * WIDTH * sampled,
-        "covariance of a layer, in memory": (4 * GROUPS + 8) * WIDTH**2,
-        "probe of a layer, in memory": fit.bytes_together(round(0.6 * pictures), WIDTH, CLASSES, len(L2_GRID)),
+        "covariance of a layer, in memory": round((4 * GROUPS + 8) * 5 / 8 * WIDTH**2),
+        "probe of a layer, in memory": fit.bytes_of_layer(round(0.6 * pictures), WIDTH, CLASSES),
     }
     print(f"{LAYERS} layers × {WIDTH}, {CLASSES} classes, {pictures:,} pictures:")
     for name, size in sizes.items():
         print(f"  {name}: {size / 1e9:.1f} GB")
-    work = 4 * 0.6 * pictures * WIDTH * CLASSES * len(L2_GRID)
-    print(f"  a step of the probes of a layer, all strengths: {work / 1e12:.1f} TFLOP")
+    work = 2 * 4 * 0.6 * pictures * WIDTH * CLASSES
+    print(f"  a step of the probe of a layer and of its control: {work / 1e12:.1f} TFLOP")
 
 
 def scaled_down() -> bool:
@@ -51,7 +51,7 @@ def scaled_down() -> bool:
     print(f"{width} channels, {classes} classes, {n} pictures, a layer with its control:")
     for how, most, block in (("block by block", 1, 16 << 20), ("in memory", fit.FEATURES_MEMORY, 0)):
         fit.FEATURES_MEMORY, fit.BLOCK = most, block
-        formula = fit.bytes_together(round(0.6 * n), width, classes, len(L2_GRID)) / 2**20
+        formula = fit.bytes_of_layer(round(0.6 * n), width, classes) / 2**20
         reset_peak()
         before = memory_of_process("VmRSS")
         taken = seconds(lambda: found.append(fit_probes(lambda layer: x, [0], names)))

@@ -1,5 +1,6 @@
 """Probes against scikit-learn, planted layers and the shuffled-label control."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from keepsight.diagnosis.probes.fit import standardise
-from keepsight.diagnosis.probes.logistic import objective, solve, solve_streamed, streamed_basis
+from keepsight.diagnosis.probes.logistic import objective, solve, solve_streamed
 from keepsight.diagnosis.probes.probe import (
     L2_GRID,
     Probe,
@@ -33,39 +34,66 @@ def features(layers: int, n: int, d: int, classes: int, signal: float, seed: int
     return (torch.randn(layers, n, d, generator=generator) + centres[:, y]) @ mixing + 3.0, y
 
 
+def optimum(z: torch.Tensor, y: torch.Tensor, strength: float) -> tuple[LogisticRegression, float]:
+    """scikit-learn's solution for z [n, d], and the objective there."""
+    fit = LogisticRegression(C=1 / (len(z) * strength), tol=1e-7, max_iter=5000).fit(z.double().numpy(), y)
+    weights, intercept = torch.tensor(fit.coef_)[None, None], torch.tensor(fit.intercept_)[None, None]
+    return fit, objective(z[None], y[None], strength, weights, intercept).item()
+
+
+@pytest.mark.parametrize("grid", [GRID, L2_GRID, (3e-2,)], ids=["far apart", "default", "one"])
 @pytest.mark.parametrize(("n", "d", "signal"), [(240, 30, 0.1), (90, 120, 0.3), (60, 400, 0.02)])
-def test_equals_scikit_learn_in_objective_and_predictions(n, d, signal):
+def test_equals_scikit_learn_in_objective_and_predictions(n, d, signal, grid):
     x, y = features(2, 2 * n, d, 4, signal)
     z = standardise(x, np.arange(n))
-    found = solve(z[:, :n], y[:n], torch.tensor(GRID), 4)
-    ours = objective(z[:, :n], y[:n], torch.tensor(GRID), found.weights, found.intercept)
-    torch.testing.assert_close(ours, found.objective, rtol=1e-4, atol=1e-7)
-    for p in range(2):
-        scaler = StandardScaler().fit(x[p, :n].double())
-        np.testing.assert_allclose(z[p], scaler.transform(x[p].double()), atol=1e-4)
-        for r, l2 in enumerate(GRID):
-            data = z[p].double().numpy()
-            oracle = LogisticRegression(C=1 / (n * l2), tol=1e-7, max_iter=5000).fit(data[:n], y[:n])
-            theirs = objective(
-                z[p : p + 1, :n],
-                y[:n],
-                torch.tensor([l2]),
-                torch.tensor(oracle.coef_.T)[None, None],
-                torch.tensor(oracle.intercept_)[None, None],
-            )
-            assert ours[p, r].item() == pytest.approx(theirs.item(), rel=1e-3)
-            guess = (z[p, n:] @ found.weights[p, r] + found.intercept[p, r]).argmax(dim=1).numpy()
-            accuracy, expected = (guess == y[n:].numpy()).mean(), oracle.score(data[n:], y[n:])
-            assert accuracy == pytest.approx(expected, abs=2.5 / n)  # the odd tie may fall the other way
+    targets = torch.stack([y, y.roll(1)])
+    path, exact = (
+        list(solve(z[:, :n], targets[:, :n], torch.tensor(grid), 4, tolerance=tolerance)) for tolerance in (3e-5, 1e-7)
+    )
+    assert [found.strength for found in path] == pytest.approx(sorted(grid, reverse=True))
+    for found, near in zip(path, exact, strict=True):
+        ours = objective(z[:, :n], targets[:, :n], found.strength, found.weights, found.intercept)
+        torch.testing.assert_close(ours, found.objective, rtol=1e-4, atol=1e-7)
+        for p in range(2):
+            scaler = StandardScaler().fit(x[p, :n].double())
+            np.testing.assert_allclose(z[p], scaler.transform(x[p].double()), atol=1e-4)
+            for t, target in enumerate(targets):
+                oracle, best = optimum(z[p, :n], target[:n], found.strength)
+                assert ours[p, t].item() == pytest.approx(best, rel=1e-3)
+                guess = (z[p, n:] @ near.weights[p, t].T + near.intercept[p, t]).argmax(dim=1).numpy()
+                accuracy = (guess == target[n:].numpy()).mean()
+                expected = oracle.score(z[p, n:].double().numpy(), target[n:])
+                assert accuracy == pytest.approx(expected, abs=2.5 / n)  # the odd tie may fall the other way
 
 
 def test_many_problems_together_equal_each_alone():
     x, y = features(3, 80, 20, 3, 0.2)
     z = standardise(x, np.arange(80))
-    together = solve(z, y, torch.tensor(GRID), 3, tolerance=1e-7)
+    together = list(solve(z, torch.stack([y.roll(1), y]), torch.tensor(GRID), 3, tolerance=1e-7))
     for p in range(3):
-        alone = solve(z[p : p + 1], y, torch.tensor(GRID[1:2]), 3, tolerance=1e-7)
-        torch.testing.assert_close(together.weights[p, 1], alone.weights[0, 0], atol=2e-3, rtol=1e-2)
+        (alone,) = solve(z[p : p + 1], y[None], torch.tensor(GRID[1:2]), 3, tolerance=1e-7)
+        torch.testing.assert_close(together[1].weights[p, 1], alone.weights[0, 0], atol=2e-3, rtol=1e-2)
+
+
+def test_a_path_takes_about_as_many_steps_as_its_weakest_strength_alone():
+    """The line through the last two solutions leads near the next one."""
+    x, y = features(1, 300, 400, 10, 0.1)
+    z, grid = standardise(x, np.arange(300)), torch.tensor(L2_GRID)
+    path = sum(found.steps for found in solve(z, y[None], grid, 10))
+    alone = [sum(found.steps for found in solve(z, y[None], one[None], 10)) for one in grid]
+    assert path <= 1.3 * alone[0]
+    assert path < 0.4 * sum(alone)
+
+
+def test_predictions_without_a_doubt_are_no_reason_to_diverge():
+    """Far apart and hardly penalised: Σp² rounds to more than one, and float32 allows no further step."""
+    x = torch.cat([torch.zeros(1, 30, 2), 100 * torch.eye(2).repeat(15, 1)[None]], dim=2) + 1e-3
+    y = torch.arange(30)[None] % 2
+    path = list(solve(x, y, torch.tensor([1e6, 1e5, 1e-7]), 2))
+    values = [float(found.objective) for found in path]
+    assert math.log(2) > values[0] > values[1] > values[2]
+    assert values[2] < 1e-5
+    assert float(objective(x, y, 1e-7, path[2].weights, path[2].intercept)) == pytest.approx(values[2], abs=1e-7)
 
 
 def planted(n: int = 400, seed: int = 0):
@@ -106,22 +134,21 @@ def test_shuffled_labels_are_at_chance():
     assert np.mean([run.correct for run in runs]) == 1.0
 
 
-@pytest.mark.parametrize("bound", ["MEMORY", "STRENGTHS_MEMORY"])
-def test_memory_bound_does_not_change_the_result(monkeypatch, bound):
+def test_memory_bound_does_not_change_the_result(monkeypatch):
     layers, labels = planted()
     together = fit_probes(lambda layer: layers[layer], range(4), labels)
     sizes = []
 
-    def counted(x, y, l2, classes, known):
-        sizes.append((len(x), len(l2)))
-        return solve(x, y, l2, classes, known=known)
+    def counted(x, y, l2, classes):
+        sizes.append(len(x))
+        return solve(x, y, l2, classes)
 
     monkeypatch.setattr("keepsight.diagnosis.probes.fit.solve", counted)
-    monkeypatch.setattr(f"keepsight.diagnosis.probes.fit.{bound}", 1)
+    monkeypatch.setattr("keepsight.diagnosis.probes.fit.MEMORY", 1)
     one_by_one = fit_probes(lambda layer: layers[layer], range(4), labels)
     np.testing.assert_array_equal(together.correct, one_by_one.correct)
     np.testing.assert_array_equal(together.l2, one_by_one.l2)
-    assert set(sizes) == {(1, len(L2_GRID)) if bound == "MEMORY" else (4, 1)}
+    assert sizes == [1, 1, 1, 1]
 
 
 def test_nothing_to_lose_gives_no_drop():
@@ -212,15 +239,13 @@ class OnDisk:
         return self.x[rows]
 
 
-@pytest.mark.parametrize("strengths_memory", [2 << 30, 1])
-def test_a_layer_read_block_by_block_answers_alike(monkeypatch, strengths_memory):
+def test_a_layer_read_block_by_block_answers_alike(monkeypatch):
     layers, labels = planted(n=400)
     layers[:, :, 3] = 2.5  # a constant feature
     layers[1] = layers[2] * torch.logspace(-3, 3, 16) + 1e3  # large means and badly conditioned
     layers[2] += 0.05 * torch.arange(400)[:, None]  # blocks of different means
     whole = fit_probes(lambda layer: layers[layer], range(4), labels, seed=3)
     monkeypatch.setattr("keepsight.diagnosis.probes.fit.FEATURES_MEMORY", 1)
-    monkeypatch.setattr("keepsight.diagnosis.probes.fit.STRENGTHS_MEMORY", strengths_memory)
     monkeypatch.setattr("keepsight.diagnosis.probes.fit.BLOCK", 20_000)
     stored = {layer: OnDisk(layers[layer], 60) for layer in range(4)}
     streamed = fit_probes(stored.__getitem__, range(4), labels, seed=3)
@@ -232,24 +257,14 @@ def test_a_layer_read_block_by_block_answers_alike(monkeypatch, strengths_memory
 
 
 def test_block_by_block_solves_scikit_learns_problem():
-    n, d = 300, 30
-    x, y = features(1, n, d, 4, 0.1)
-    z = standardise(x, np.arange(n))[0]
-    known = streamed_basis(lambda: ((z[i : i + 70], y[i : i + 70]) for i in range(0, n, 70)))
-    blocks = partial(zip, z.split(110), y.split(110))
-    found = solve_streamed(blocks, torch.tensor(GRID), 4, known=known)
-    ours = objective(z[None], y, torch.tensor(GRID), found.weights, found.intercept)[0]
-    torch.testing.assert_close(ours, found.objective[0], rtol=1e-4, atol=1e-7)
-    for r, l2 in enumerate(GRID):
-        oracle = LogisticRegression(C=1 / (n * l2), tol=1e-7, max_iter=5000).fit(z.double().numpy(), y)
-        theirs = objective(
-            z[None],
-            y,
-            torch.tensor([l2]),
-            torch.tensor(oracle.coef_.T)[None, None],
-            torch.tensor(oracle.intercept_)[None, None],
-        )
-        assert ours[r].item() == pytest.approx(theirs.item(), rel=1e-3)
+    x, y = features(1, 300, 30, 4, 0.1)
+    z, targets = standardise(x, np.arange(300))[0], torch.stack([y, y.roll(1)])
+    blocks = partial(zip, z.split(110), targets.split(110, dim=1))
+    for found in solve_streamed(blocks, 2, torch.tensor(GRID), 4):
+        ours = objective(z[None], targets, found.strength, found.weights, found.intercept)
+        torch.testing.assert_close(ours, found.objective, rtol=1e-4, atol=1e-7)
+        for t, target in enumerate(targets):
+            assert ours[0, t].item() == pytest.approx(optimum(z, target, found.strength)[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("features_memory", [4 << 30, 1])

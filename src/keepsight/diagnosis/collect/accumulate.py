@@ -15,7 +15,7 @@ from keepsight.diagnosis.collect.mean_tokens import MeansWithoutSinks, RowsWitho
 from keepsight.diagnosis.collect.record import Record
 from keepsight.diagnosis.collect.store import LayerStore
 from keepsight.diagnosis.metrics.bleeding import bleeding
-from keepsight.diagnosis.metrics.spectrum import CovarianceSums
+from keepsight.diagnosis.metrics.spectrum import CHUNK, CovarianceSums
 from keepsight.diagnosis.metrics.structure import Groups, Structure, structure
 
 BLOCK = 4096  # sampled tokens read at a time
@@ -133,7 +133,7 @@ class Accumulator:
 
         if layer == self.layers[0]:
             self._count_objects(raw)
-        sampled = x[batch.sample]
+        sampled = x if len(batch.sample) == len(x) else x[batch.sample]
         if self.direct:
             self.sampled.put(self.layers.index(layer), sampled)
         else:
@@ -248,11 +248,16 @@ class Accumulator:
         self._sum(position, sums, sinks=True)
 
     def _sum(self, position: int, sums: CovarianceSums, *, sinks: bool) -> int:
+        """Group by group, so that each product is over as many tokens as it may be."""
         threshold, left_out = self.calibration[self.layers[position]].threshold, 0
-        group = torch.from_numpy(self.sample[1]).to(sums.count.device)
-        for rows, x in self.blocks(position):
-            chosen = (torch.linalg.vector_norm(x, dim=1) > threshold) == sinks
-            left_out += int((~chosen).sum())
-            for g in group[rows][chosen].unique().tolist():
-                sums.update(x[chosen & (group[rows] == g)], g)
+        group = self.sample[1]
+        for g in np.unique(group):
+            rows = np.flatnonzero(group == g)
+            for start in range(0, len(rows), CHUNK):
+                x = torch.from_numpy(self.sampled.gather(position, rows[start : start + CHUNK])).to(self.device)
+                chosen = (torch.linalg.vector_norm(x, dim=1) > threshold) == sinks
+                others = int((~chosen).sum())
+                left_out += others
+                if others < len(x):
+                    sums.update(x[chosen] if others else x, int(g))
         return left_out

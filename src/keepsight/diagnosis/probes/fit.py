@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.probes.logistic import Solution, basis, solve, solve_streamed, streamed_basis
+from keepsight.diagnosis.probes.logistic import Solution, solve, solve_streamed
 
-MEMORY = 16 << 20  # bytes that the layers fitted together on a CPU may take: about what its caches hold
+MEMORY = 24 << 20  # bytes that the layers fitted together on a CPU may take: about what its caches hold
 FEATURES_MEMORY = 4 << 30  # bytes that the features of one layer may take in memory
-STRENGTHS_MEMORY = 2 << 30  # bytes that the strengths of one layer fitted together may take
 BLOCK = 256 << 20  # bytes that a block may take that is read from the disk
 
-Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # accuracy in validation [P], strength [P], right in the test [P, n]
+Fit = tuple[np.ndarray, ...]  # accuracy in validation [P], strength [P], right in the test [P, n]
 
 
 class Features(Protocol):
@@ -51,17 +49,11 @@ def streams(n: int, d: int) -> bool:
     return n > d and _bytes_of_features(n, d) > FEATURES_MEMORY
 
 
-def bytes_together(n: int, d: int, classes: int, strengths: int) -> int:
-    """What fitting one layer on n training pictures takes at most, with as many strengths together as are allowed."""
-    blocks = streams(n, d)
-    one = _bytes_per_strength(0 if blocks else n, d, classes)
-    states = min(strengths, max(1, STRENGTHS_MEMORY // one)) * one
-    return states + (48 * d * d + BLOCK if blocks else _bytes_of_features(n, d))
-
-
-def bytes_per_layer(n: int, d: int, classes: int, strengths: int) -> int:
-    """What fitting one layer in memory takes, all strengths together."""
-    return _bytes_of_features(n, d) + strengths * _bytes_per_strength(n, d, classes)
+def bytes_of_layer(n: int, d: int, classes: int, targets: int = 2) -> int:
+    """What fitting one layer on n training pictures takes at most, from its features to the best strength."""
+    if streams(n, d):
+        return 48 * d * d + BLOCK + targets * _bytes_per_target(0, d, classes)
+    return _bytes_of_features(n, d) + targets * _bytes_per_target(n, d, classes)
 
 
 def _bytes_of_features(n: int, d: int) -> int:
@@ -69,9 +61,9 @@ def _bytes_of_features(n: int, d: int) -> int:
     return 4 * (3 * n * d + 2 * n * width + 3 * width * width)
 
 
-def _bytes_per_strength(n: int, d: int, classes: int) -> int:
-    """Logits of n pictures kept from step to step; parameters, gradients, and a history that is copied as it grows."""
-    return 4 * (8 * n * classes + 24 * (min(n, d) if n else d) * classes)
+def _bytes_per_target(n: int, d: int, classes: int) -> int:
+    """Logits of n pictures kept from step to step; parameters, gradients and a history; weights to choose from."""
+    return 4 * classes * (8 * n + 30 * (min(n, d) if n else d) + 4 * d)
 
 
 def standardise(x: Tensor, train: np.ndarray) -> Tensor:
@@ -89,33 +81,27 @@ def _scale(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30)).float()
 
 
-def fit(x: Tensor, targets: Sequence[Tensor], split: Split, l2: Tensor, classes: int) -> list[Fit]:
+def fit(x: Tensor, targets: Tensor, split: Split, l2: Tensor, classes: int) -> list[Fit]:
     """A probe of each of P layers, for each of the targets; all data on one device.
 
     Args:
         x: [P, n, d] features.
-        targets: class indices [n] to learn; the first are the true ones, which every test is scored by.
+        targets: [T, n] class indices to learn; the first are the true ones, which every test is scored by.
         l2: [R] strengths, of which validation chooses one.
     """
     z = standardise(x, split.train)
     del x
-    known, train = basis(z[:, split.train]), split.train
-    together = max(1, STRENGTHS_MEMORY // (len(z) * _bytes_per_strength(len(train), z.shape[2], classes)))
-
-    def solved(target: Tensor, some: Tensor) -> Solution:
-        return solve(z[:, train], target[train], some, classes, known=known)
+    path = solve(z[:, split.train], targets[:, split.train], l2, classes)
 
     def predict(rows: np.ndarray, weights: Tensor, intercept: Tensor) -> Tensor:
         return _predict(z[:, rows], weights, intercept)
 
-    return [_outcome(solved, predict, target, targets[0], split, l2, together) for target in targets]
+    return _outcomes(path, predict, targets, split)
 
 
-def fit_streamed(x: Features, targets: Sequence[Tensor], split: Split, l2: Tensor, classes: int) -> list[Fit]:
+def fit_streamed(x: Features, targets: Tensor, split: Split, l2: Tensor, classes: int) -> list[Fit]:
     """The same for one layer whose features [n, d] never are in memory together."""
-    d = x.shape[1]
-    together = min(len(l2), max(1, STRENGTHS_MEMORY // _bytes_per_strength(0, d, classes)))
-    size = max(1, BLOCK // (4 * (4 * d + 4 * together * classes)))
+    size = max(1, BLOCK // (16 * (x.shape[1] + 2 * len(targets) * classes)))
 
     def read(rows: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray]]:
         for part in np.array_split(rows, -(-len(rows) // size)):
@@ -123,20 +109,15 @@ def fit_streamed(x: Features, targets: Sequence[Tensor], split: Split, l2: Tenso
 
     mean, scale = _scale(*_moments(block for block, _ in read(split.train)))
 
-    def blocks(target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         for block, part in read(split.train):
-            yield (block - mean) * scale, target[part]
-
-    known = streamed_basis(partial(blocks, targets[0]))
-
-    def solved(target: Tensor, some: Tensor) -> Solution:
-        return solve_streamed(partial(blocks, target), some, classes, known=known)
+            yield (block - mean) * scale, targets[:, part]
 
     def predict(rows: np.ndarray, weights: Tensor, intercept: Tensor) -> Tensor:
         found = [_predict(((block - mean) * scale)[None], weights, intercept) for block, _ in read(rows)]
         return torch.cat(found, dim=2)
 
-    return [_outcome(solved, predict, target, targets[0], split, l2, together) for target in targets]
+    return _outcomes(solve_streamed(blocks, len(targets), l2, classes), predict, targets, split)
 
 
 def _moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -151,33 +132,29 @@ def _moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, squares / n
 
 
-def _outcome(
-    solved: Callable[[Tensor, Tensor], Solution],
-    predict: Callable[[np.ndarray, Tensor, Tensor], Tensor],
-    target: Tensor,
-    truth: Tensor,
-    split: Split,
-    l2: Tensor,
-    together: int,
-) -> Fit:
-    """Validation accuracy and strength of the best fit, and whether its test answers are right.
-
-    together: strengths solved at a time.
-    """
-    parts = [solved(target, some) for some in l2.split(together)]
-    weights, intercept = (
-        torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("weights", "intercept")
-    )
-    guess = predict(split.validation, weights, intercept)  # [P, R, n]
-    accuracy = (guess == target[split.validation]).double().mean(dim=2)
-    # Of equally good strengths, the strongest: the simpler classifier.
-    chosen = len(l2) - 1 - accuracy.flip(1).argmax(dim=1)
-    layer = torch.arange(len(weights), device=weights.device)
-    answers = predict(split.test, weights[layer, chosen][:, None], intercept[layer, chosen][:, None])[:, 0]
-    right = answers == truth[split.test]
-    return accuracy[layer, chosen].cpu().numpy(), l2[chosen].cpu().numpy(), right.cpu().numpy()
+def _outcomes(
+    path: Iterable[Solution], predict: Callable[[np.ndarray, Tensor, Tensor], Tensor], targets: Tensor, split: Split
+) -> list[Fit]:
+    """Of each target: validation accuracy and strength of the best fits, and whether their test answers are right."""
+    best: tuple[Tensor, ...] = ()
+    for found in path:
+        guess = predict(split.validation, found.weights, found.intercept)  # [P, T, n]
+        accuracy = (guess == targets[:, split.validation]).double().mean(dim=2)
+        mine: tuple[Tensor, ...] = (accuracy, torch.full_like(accuracy, found.strength), found.weights, found.intercept)
+        if best:
+            # Of equally good strengths, the strongest, which comes first: the simpler classifier.
+            better = accuracy > best[0]
+            mine = tuple(
+                torch.where(better.view(better.shape + (1,) * (new.ndim - 2)), new, old)
+                for new, old in zip(mine, best, strict=True)
+            )
+        best = mine
+    accuracy, strength, weights, intercept = best
+    right = predict(split.test, weights, intercept) == targets[0, split.test]
+    return [tuple(one[:, t].cpu().numpy() for one in (accuracy, strength, right)) for t in range(len(targets))]
 
 
 def _predict(z: Tensor, weights: Tensor, intercept: Tensor) -> Tensor:
-    """[P, R, n] class indices."""
-    return (z[:, None] @ weights + intercept[:, :, None]).argmax(dim=-1)
+    """[P, T, n] class indices."""
+    logits = (weights.flatten(1, 2) @ z.transpose(1, 2)).view(*weights.shape[:3], -1)
+    return (logits + intercept[..., None]).argmax(dim=2)

@@ -1,15 +1,19 @@
-"""Multinomial logistic regression for many layers and many L2 strengths at once.
+"""Multinomial logistic regression for many layers and targets at once, along a path of L2 strengths.
 
 Each problem minimises  mean_i −log softmax(x_i W + b)[y_i] + λ/2 |W|²  (the intercept b is free): scikit-learn's
-objective with C = 1 / (nλ), divided by nC. All problems advance together by L-BFGS in the eigenbasis of each layer's
-Gram matrix. There a diagonal model of the Hessian is good: u·s_j²/n + λ, where s_j² is the eigenvalue and u the mean
-uncertainty p(1 − p) of the present predictions; a few dozen steps then serve badly conditioned and separable
-data alike. Where there are fewer pictures than features, the basis has only as many coordinates as pictures; the
+objective with C = 1 / (nλ), divided by nC. The strengths are taken from the strongest on, and each starts where the
+straight line through the last two solutions over log λ leads to: that is so near that all strengths of a path together
+take little more steps than the weakest alone from zero. All problems of a strength advance together by L-BFGS in the
+eigenbasis of each layer's Gram matrix. There a diagonal model of the Hessian is good: u·s_j²/n + λ, where s_j² is the
+eigenvalue and u the mean uncertainty p(1 − p) of the present predictions; badly conditioned and separable data are then
+served alike. Where there are fewer pictures than features, the basis has only as many coordinates as pictures; the
 solution is the same.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,32 +25,27 @@ HISTORY = 4
 Basis = tuple[Tensor, Tensor, Tensor]
 STAGNATION = 8  # steps without progress beyond float32 noise
 SHRINK = 0.85  # finished problems are dropped once the others are at most this share
+TOLERANCE = 3e-5  # a problem has converged when its Hessian model promises less than this share of its objective
+MAX_STEPS = 500  # of a strength
 
 
 @dataclass(frozen=True)
 class Solution:
-    """weights [P, R, d, C], intercept [P, R, C], objective [P, R] for P layers and R strengths; steps taken."""
+    """At one strength: weights [P, T, C, d], intercept [P, T, C], objective [P, T] of P layers and T targets; steps."""
 
+    strength: float
     weights: Tensor
     intercept: Tensor
     objective: Tensor
     steps: int
 
 
-def objective(x: Tensor, y: Tensor, l2: Tensor, weights: Tensor, intercept: Tensor) -> Tensor:
-    """[P, R], the objective in float64: x [P, n, d], y [n], l2 [R]."""
-    loss = torch.stack(
-        [
-            torch.nn.functional.cross_entropy(
-                (x.double() @ weights[:, r].double() + intercept[:, r, None].double()).transpose(1, 2),
-                y.expand(x.shape[0], -1),
-                reduction="none",
-            ).mean(dim=1)
-            for r in range(l2.shape[0])
-        ],
-        dim=1,
-    )
-    return loss + 0.5 * l2.double() * weights.double().square().sum(dim=(2, 3))
+def objective(x: Tensor, y: Tensor, strength: float, weights: Tensor, intercept: Tensor) -> Tensor:
+    """[P, T], the objective in float64: x [P, n, d], y [T, n]."""
+    logits = weights.double() @ x.double().transpose(1, 2)[:, None] + intercept.double()[..., None]  # [P, T, C, n]
+    every = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y.expand(len(x), *y.shape), reduction="none")
+    loss = every.mean(dim=2)
+    return loss + 0.5 * strength * weights.double().square().sum(dim=(2, 3))
 
 
 def basis(x: Tensor) -> Basis:
@@ -64,93 +63,84 @@ def basis(x: Tensor) -> Basis:
 
 
 class _History:
-    """The last steps s and changes of gradient z of every problem, [p, r, m, N], and H⁻¹∇ from them."""
+    """The last steps s and changes of gradient z of every problem, [p, t, m, N], and H⁻¹∇ from them.
 
-    def __init__(self) -> None:
-        self.s: Tensor | None = None
-        self.z: Tensor | None = None
+    A ring: the step after next overwrites the oldest one. Steps that are not there yet are zero, and count for nothing,
+    as do those without curvature.
+    """
+
+    def __init__(self, parameters: Tensor) -> None:
+        p, t, c, width = parameters.shape
+        self.s = parameters.new_zeros(p, t, HISTORY, c * width)
+        self.z = torch.zeros_like(self.s)
+        self.oldest = 0
 
     def add(self, s: Tensor, z: Tensor) -> None:
-        s, z = s.flatten(2)[:, :, None], z.flatten(2)[:, :, None]
-        if self.s is None or self.z is None:
-            self.s, self.z = s, z
-        elif self.s.shape[2] < HISTORY:
-            self.s, self.z = torch.cat([self.s, s], dim=2), torch.cat([self.z, z], dim=2)
-        else:
-            self.s, self.z = self.s.roll(-1, dims=2), self.z.roll(-1, dims=2)
-            self.s[:, :, -1:], self.z[:, :, -1:] = s, z
+        self.s[:, :, self.oldest] = s.flatten(2)
+        self.z[:, :, self.oldest] = z.flatten(2)
+        self.oldest = (self.oldest + 1) % HISTORY
 
-    def keep(self, rows: Tensor, columns: Tensor) -> None:
-        if self.s is not None and self.z is not None:
-            self.s, self.z = self.s[rows][:, columns], self.z[rows][:, columns]
+    def select(self, rows: Tensor, columns: Tensor) -> None:
+        self.s, self.z = self.s[rows][:, columns], self.z[rows][:, columns]
 
     def direction(self, gradient: Tensor, inverse: Tensor) -> Tensor:
-        """−H⁻¹∇: the two-loop recursion around the diagonal `inverse`, on the m × m inner products."""
-        if self.s is None or self.z is None:
-            return -gradient * inverse
-        s, z, m = self.s, self.z, self.s.shape[2]
-        inner = s @ z.transpose(2, 3)  # [p, r, m, m], s_i · z_j
+        """−H⁻¹∇ with the diagonal `inverse` as H₀⁻¹, rescaled along the last step.
+
+        The two loops of L-BFGS are two triangular systems in R_ij = s_i · z_j, i ≤ j, in the order of the steps.
+        """
+        s, z, back = self.s, self.z, -self.oldest
+        inner = (s @ z.transpose(2, 3)).roll((back, back), dims=(2, 3))
         curvature = inner.diagonal(dim1=2, dim2=3)
-        rho = torch.where(curvature > 0, 1 / curvature, 0.0)
+        known = curvature > 0
+        both = known[..., None] & known[..., None, :]
+        system = torch.where(both, inner, torch.eye(HISTORY, dtype=inner.dtype, device=inner.device)).triu()
         flat = gradient.flatten(2)[..., None]
-        projected = (s @ flat)[..., 0]
-        alpha = torch.zeros_like(projected)
-        for i in reversed(range(m)):
-            alpha[..., i] = rho[..., i] * (projected[..., i] - (inner[..., i, :] * alpha).sum(dim=2))
-        q = (flat - z.transpose(2, 3) @ alpha[..., None]).view_as(gradient) * inverse
-        last = z[:, :, -1].view_as(gradient)
-        seen = rho[..., -1] * (last * last * inverse).sum(dim=(2, 3))  # how far the model is off along the last step
-        q = (q * torch.where(seen > 0, 1 / seen, 1.0)[..., None, None]).flatten(2)[..., None]
-        projected = (z @ q)[..., 0]
-        step = torch.zeros_like(projected)
-        for i in range(m):
-            step[..., i] = alpha[..., i] - rho[..., i] * (projected[..., i] + (inner[..., :, i] * step).sum(dim=2))
-        return -(q + s.transpose(2, 3) @ step[..., None]).view_as(gradient)
+
+        def projected(vector: Tensor, on: Tensor) -> Tensor:
+            return torch.where(known[..., None], (on @ vector).roll(back, dims=2), 0.0)  # [p, t, m, 1]
+
+        along = projected(flat, s)
+        alpha = torch.linalg.solve_triangular(system, along, upper=True)
+        q = (flat - z.transpose(2, 3) @ alpha.roll(-back, dims=2)).view_as(gradient) * inverse
+        last = z[:, :, self.oldest - 1].view_as(gradient)
+        length = (last * last * inverse).sum(dim=(2, 3))
+        # how far the model is off along the last step
+        scale = torch.where(known[..., -1] & (length > 0), curvature[..., -1] / length, 1.0)
+        q = (q * scale[..., None, None]).flatten(2)[..., None]
+        right = curvature[..., None] * alpha - projected(q, z)
+        step = torch.linalg.solve_triangular(
+            system.transpose(2, 3), torch.where(known[..., None], right, 0.0), upper=False
+        )
+        return -(q + s.transpose(2, 3) @ step.roll(-back, dims=2)).view_as(gradient)
 
 
-def solve(
-    x: Tensor,
-    y: Tensor,
-    l2: Tensor,
-    classes: int,
-    *,
-    known: Basis | None = None,
-    tolerance: float = 1e-4,
-    max_steps: int = 500,
-) -> Solution:
-    """Solve all P × R problems together; those that have converged drop out.
+def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = TOLERANCE) -> Iterator[Solution]:
+    """Solve all P × T problems at each strength, strongest first.
 
     Args:
         x: [P, n, d] standardised features of P layers.
-        y: [n] class indices; l2: [R] strengths λ > 0; classes: C.
-        known: `basis(x)`, where it was computed before.
+        y: [T, n] class indices of T targets; l2: [R] strengths λ > 0; classes: C.
         tolerance: a problem has converged when the decrease that the Hessian model still promises is below this share
             of its objective, or when float32 allows no further progress.
 
-    Returns:
+    Yields:
         The solutions in the coordinates of `x`.
     """
-    features, squares, back = basis(x) if known is None else known
-    return _descend(InMemory(features, squares, l2, y, classes), back, tolerance, max_steps)
+    features, squares, back = basis(x)
+    return _path(InMemory(features, squares, y, classes), l2, len(y), back, tolerance)
 
 
 def solve_streamed(
-    blocks: Blocks,
-    l2: Tensor,
-    classes: int,
-    *,
-    known: tuple[int, Tensor, Tensor],
-    tolerance: float = 1e-4,
-    max_steps: int = 500,
-) -> Solution:
+    blocks: Blocks, targets: int, l2: Tensor, classes: int, *, tolerance: float = TOLERANCE
+) -> Iterator[Solution]:
     """The same for one layer of more pictures than features, which are never in memory together.
 
     Args:
-        blocks: gives, each time anew, the standardised features [b, d] and class indices [b] block by block.
-        known: `streamed_basis(blocks)`.
+        blocks: gives, each time anew, the standardised features [b, d] and class indices [T, b] block by block.
+        targets: T.
     """
-    n, squares, vectors = known
-    return _descend(Streamed(blocks, squares, vectors, l2, n, classes), vectors[None], tolerance, max_steps)
+    n, squares, vectors = streamed_basis(blocks)
+    return _path(Streamed(blocks, squares, vectors, n, classes), l2, targets, vectors[None], tolerance)
 
 
 def streamed_basis(blocks: Blocks) -> tuple[int, Tensor, Tensor]:
@@ -165,20 +155,65 @@ def streamed_basis(blocks: Blocks) -> tuple[int, Tensor, Tensor]:
     return n, squares.clamp(min=0).float(), vectors.float()
 
 
-def _descend(problems: Problems, back: Tensor, tolerance: float, max_steps: int) -> Solution:
-    """L-BFGS from zero; `back` [P, d, D − 1] leads from the eigenbasis to the features."""
-    p, r, _, width = problems.ridge.shape
-    classes, device = problems.classes, back.device
-    solution = back.new_zeros(p, r, classes, width)
-    best = back.new_zeros(p, r, dtype=torch.float64)
-    finished = torch.zeros(p, r, dtype=torch.bool, device=device)
-    rows, columns = torch.arange(p, device=device), torch.arange(r, device=device)  # the problems still running
-    parameters, history = torch.zeros_like(solution), _History()
-    value = problems.start(parameters)
+def _path(problems: Problems, l2: Tensor, targets: int, back: Tensor, tolerance: float) -> Iterator[Solution]:
+    """The solutions from the strongest penalty to the weakest; `back` [P, d, D − 1] leads from the eigenbasis."""
+    parameters = back.new_zeros(len(back), targets, problems.classes, back.shape[2] + 1)
+    before, loss, strengths = parameters, None, sorted(set(l2.tolist()), reverse=True)
+    for k, strength in enumerate(strengths):
+        problems.penalise(strength)
+        ahead = 1.0  # over log λ, how far the next strength is in steps of the last one
+        if k >= 2:
+            ahead = math.log(strengths[k - 1] / strength) / math.log(strengths[k - 2] / strengths[k - 1])
+        guess, loss = _guess(problems, torch.lerp(before, parameters, 1 + ahead), parameters, loss)
+        before = parameters
+        parameters, loss, steps = _descend(problems, guess, loss, tolerance)
+        weights = (parameters[..., :-1].flatten(1, 2) @ back.transpose(1, 2)).view(*parameters.shape[:3], -1)
+        value = loss + problems.penalty(parameters, parameters)
+        yield Solution(strength, weights, parameters[..., -1], value, steps)
+
+
+def _guess(problems: Problems, guess: Tensor, last: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where to start from and the loss there: the guess, or the last solution where that is better; `loss`: of it."""
+    there = problems.start(guess)
+    if loss is None:
+        return guess, there
+    better = there + problems.penalty(guess, guess) <= loss + problems.penalty(last, last)
+    if better.all():
+        return guess, there
+    guess = torch.where(better[..., None, None], guess, last)
+    return guess, problems.start(guess)
+
+
+def _descend(problems: Problems, parameters: Tensor, loss: Tensor, tolerance: float) -> tuple[Tensor, Tensor, int]:
+    """L-BFGS from the parameters, where `problems` stands: parameters and loss of each problem at its own last step."""
+    device, shape = parameters.device, loss.shape
+    solution, best = torch.empty_like(parameters), torch.empty_like(loss)
+    finished = torch.zeros(shape, dtype=torch.bool, device=device)
+    rows, columns = (torch.arange(size, device=device) for size in shape)  # the problems still running
+    history = _History(parameters)
+    value = loss + problems.penalty(parameters, parameters)
     gradient, inverse = problems.gradient(parameters)
-    stalled = torch.zeros_like(value)
-    steps = 0
-    while steps < max_steps:
+    stalled, steps = torch.zeros_like(value), 0
+    while True:
+        gap = 0.5 * (gradient * gradient * inverse).sum(dim=(2, 3)).double()
+        done = (gap <= tolerance * value) | (stalled >= STAGNATION) | (steps >= MAX_STEPS)
+        # A problem keeps the solution of its own last step, however long its neighbours go on.
+        row, column = (done & ~finished[rows[:, None], columns]).nonzero(as_tuple=True)
+        solution[rows[row], columns[column]] = parameters[row, column]
+        best[rows[row], columns[column]] = loss[row, column]
+        finished[rows[row], columns[column]] = True
+        going = ~finished[rows[:, None], columns]
+        if not going.any():
+            return solution, best, steps
+        some_rows, some_columns = going.any(dim=1), going.any(dim=0)
+        # Copying what is left must cost less than carrying a few finished problems along.
+        if int(some_rows.sum()) * int(some_columns.sum()) <= SHRINK * going.numel():
+            rows, columns = rows[some_rows], columns[some_columns]
+            problems = problems.select(some_rows, some_columns)
+            history.select(some_rows, some_columns)
+            parameters, gradient, inverse, value, stalled = (
+                one[some_rows][:, some_columns] for one in (parameters, gradient, inverse, value, stalled)
+            )
         steps += 1
         direction = history.direction(gradient, inverse)
         slope = (gradient * direction).sum(dim=(2, 3)).double()
@@ -187,36 +222,19 @@ def _descend(problems: Problems, back: Tensor, tolerance: float, max_steps: int)
         cross, own = 2 * problems.penalty(parameters, direction), problems.penalty(direction, direction)
         step = torch.ones_like(value)
         for _ in range(20):
-            trial = problems.trial(step) + base + step * cross + step**2 * own
+            loss = problems.trial(step)
+            trial = loss + base + step * cross + step**2 * own
             bad = trial > value + 1e-4 * step * slope + 1e-7 * value.abs()
             if not bad.any():
                 break
             step = torch.where(bad, step / 2, step)
-        moved = step.to(back)[..., None, None] * direction
+        else:  # float32 allows no step that way
+            step = torch.where(bad, 0.0, step)
+            loss = problems.trial(step)
+            trial = loss + base + step * cross + step**2 * own
+        moved = step.to(parameters)[..., None, None] * direction
         parameters = parameters + moved
         following, inverse = problems.gradient(parameters)
         history.add(moved, following - gradient)
         stalled = torch.where(value - trial <= 1e-6 * trial.abs(), stalled + 1, 0.0)
         gradient, value = following, trial
-        gap = 0.5 * (gradient * gradient * inverse).sum(dim=(2, 3)).double()
-        done = (gap <= tolerance * value) | (stalled >= STAGNATION)
-        # A problem keeps the solution of its own last step, however long its neighbours go on.
-        fresh = ~finished[rows[:, None], columns]
-        row, column = (fresh & (done if steps < max_steps else torch.ones_like(done))).nonzero(as_tuple=True)
-        solution[rows[row], columns[column]] = parameters[row, column]
-        best[rows[row], columns[column]] = value[row, column]
-        finished[rows[row], columns[column]] = True
-        going = ~finished[rows[:, None], columns]
-        if not going.any():
-            break
-        keep_rows, keep_columns = going.any(dim=1), going.any(dim=0)
-        if int(keep_rows.sum()) * int(keep_columns.sum()) > SHRINK * going.numel():
-            continue  # copying what is left would cost more than carrying a few finished problems along
-        rows, columns = rows[keep_rows], columns[keep_columns]
-        problems.keep(keep_rows, keep_columns)
-        history.keep(keep_rows, keep_columns)
-        parameters, gradient, inverse, value, stalled = (
-            t[keep_rows][:, keep_columns] for t in (parameters, gradient, inverse, value, stalled)
-        )
-    weights = back[:, None] @ solution[..., :-1].transpose(2, 3)
-    return Solution(weights, solution[..., -1], best, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
@@ -13,54 +14,70 @@ Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Block:
-    """Some pictures of p layers: features [p, n, D], the last of the D coordinates 1 for the intercept, and y [n]."""
+    """Some pictures of p layers: features [p, n, D], the last coordinate 1 for the intercept, and classes y [t, n].
+
+    Pictures are the last dimension of logits: products with so few rows are fast, and so are sums over the classes.
+    """
 
     def __init__(self, features: Tensor, y: Tensor, classes: int) -> None:
         p, n, _ = features.shape
         self.features = torch.cat([features, features.new_ones(p, n, 1)], dim=2)
-        self.y, self.classes = y, classes
-        self.right = torch.nn.functional.one_hot(y, classes).to(features)[None, :, None]  # [1, n, 1, C]
+        self.classes = classes
+        self._know(y)
+
+    def _know(self, y: Tensor) -> None:
+        self.y = y
+        self.right = torch.nn.functional.one_hot(y, self.classes).to(self.features).transpose(1, 2)  # [t, C, n]
 
     def logits(self, parameters: Tensor) -> Tensor:
-        """[p, n, r, C] of parameters [p, r, C, D]."""
-        p, r, c, width = parameters.shape
-        return (self.features @ parameters.reshape(p, r * c, width).transpose(1, 2)).view(p, -1, r, c)
+        """[p, t, C, n] of parameters [p, t, C, D]."""
+        p, t, c, _ = parameters.shape
+        return (parameters.flatten(1, 2) @ self.features.transpose(1, 2)).view(p, t, c, -1)
 
     def loss(self, logits: Tensor) -> tuple[Tensor, Shares]:
-        """Summed loss [p, r], and the shares p(class) as numerators [p, n, r, C] and denominators [p, n, r, 1].
+        """Summed loss [p, t], and the shares p(class) as numerators [p, t, C, n] and denominators [p, t, 1, n].
 
         Logits are taken relative to that of the right answer: log(1 + small) keeps small losses exact in float32, and
         a step that would overflow has an infinite loss, which the line search refuses.
         """
-        index = self.y[None, :, None, None].expand(*logits.shape[:3], 1)
-        odds = (logits - logits.gather(3, index)).exp_()
-        total = odds @ odds.new_ones(self.classes, 1)  # a product is much faster than a sum over a short dimension
-        return total[..., 0].log().double().sum(dim=1), (odds, total)
+        index = self.y[:, None].expand(len(logits), -1, 1, -1)
+        odds = (logits - logits.gather(2, index)).exp_()
+        total = odds.sum(dim=2, keepdim=True)
+        return total.log().double().sum(dim=(2, 3)), (odds, total)
 
     def gradient(self, shares: Shares) -> tuple[Tensor, Tensor]:
-        """Gradient of the summed loss [p, r, C, D], and Σ p(class)² over the pictures [p, r, C]; uses the shares up."""
+        """Gradient of the summed loss [p, t, C, D], and Σ p(class)² over the pictures [p, t, C]; uses the shares up."""
         odds, total = shares
-        p, n, r, c = odds.shape
         share = odds.div_(total)
-        squares = share.view(p, n, r * c).square().sum(dim=1).view(p, r, c)
+        squares = share.square().sum(dim=3)
         share.sub_(self.right)
-        return (share.view(p, n, r * c).transpose(1, 2) @ self.features).view(p, r, c, -1), squares
+        return (share.flatten(1, 2) @ self.features).view(*share.shape[:3], -1), squares
+
+    def select(self, rows: Tensor, columns: Tensor) -> Block:
+        """Of these layers and targets only."""
+        chosen = copy.copy(self)
+        chosen.features = self.features[rows]
+        chosen._know(self.y[columns])
+        return chosen
 
 
 class Problems(ABC):
-    """p × r problems in the eigenbasis: penalty and mean square of each of the D coordinates, both [p, r, 1, D].
+    """p × t problems, a layer and a target each, in the layers' eigenbases of D coordinates.
 
-    Parameters are [p, r, C, D]. `start`, then `towards` a direction and `trial` after `trial` along it, give losses
-    [p, r]; `gradient` is that where the last of them was.
+    Parameters are [p, t, C, D]. `penalise` sets the strength of all. `start`, then `towards` a direction and `trial`
+    after `trial` along it, give losses [p, t]; `gradient` is that where the last of them was.
     """
 
-    def __init__(self, squares: Tensor, l2: Tensor, n: int, classes: int) -> None:
-        (p, width), r = squares.shape, l2.shape[0]
-        ridge = l2.to(squares)[None, :, None].expand(p, r, width)
-        self.ridge = torch.cat([ridge, ridge.new_zeros(p, r, 1)], dim=2)[:, :, None]
-        spread = (squares / n)[:, None, :].expand(p, r, width)
-        self.spread = torch.cat([spread, spread.new_ones(p, r, 1)], dim=2)[:, :, None]
+    def __init__(self, squares: Tensor, n: int, classes: int) -> None:
+        """squares: [p, D − 1], the layers' squared singular values."""
+        self.spread = torch.cat([squares / n, squares.new_ones(len(squares), 1)], dim=1)[:, None, None]
         self.n, self.classes = n, classes
+        self.ridge = torch.zeros_like(self.spread[0, 0, 0])
+
+    def penalise(self, strength: float) -> None:
+        """Weigh |W|² by strength / 2; the intercept stays free."""
+        self.ridge = torch.full_like(self.ridge, strength)
+        self.ridge[-1] = 0.0
 
     @abstractmethod
     def start(self, parameters: Tensor) -> Tensor:
@@ -72,14 +89,17 @@ class Problems(ABC):
 
     @abstractmethod
     def trial(self, step: Tensor) -> Tensor:
-        """The loss so many directions [p, r] along."""
+        """The loss so many directions [p, t] along."""
 
     @abstractmethod
     def _sums(self) -> tuple[Tensor, Tensor]:
         """`Block.gradient` over all pictures, where the last trial was."""
 
-    def keep(self, rows: Tensor, columns: Tensor) -> None:
-        self.ridge, self.spread = self.ridge[rows][:, columns], self.spread[rows][:, columns]
+    def select(self, rows: Tensor, columns: Tensor) -> Problems:
+        """These layers and targets only, where the last trial was and after its gradient was taken."""
+        chosen = copy.copy(self)
+        chosen.spread = self.spread[rows]
+        return chosen
 
     def penalty(self, a: Tensor, b: Tensor) -> Tensor:
         return 0.5 * (self.ridge * a * b).sum(dim=(2, 3)).double()
@@ -87,8 +107,9 @@ class Problems(ABC):
     def gradient(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, and the inverse of the diagonal model of the Hessian at the present uncertainty."""
         gradient, squares = self._sums()
-        # mean p(1 − p) over pictures and classes; the shares of a picture sum to one
-        uncertainty = ((1 - squares.sum(dim=2) / self.n) / self.classes)[..., None, None]
+        # mean p(1 − p) over pictures and classes; the shares of a picture sum to one, but for rounding
+        uncertain = (1 - squares.sum(dim=2) / self.n).clamp(min=torch.finfo(squares.dtype).eps)
+        uncertainty = (uncertain / self.classes)[..., None, None]
         gradient = gradient.div_(self.n).addcmul_(self.ridge, parameters)
         return gradient, (uncertainty * self.spread + self.ridge).reciprocal_()
 
@@ -96,8 +117,8 @@ class Problems(ABC):
 class InMemory(Problems):
     """All pictures are one block. A straight line in the logits: a trial costs no product with the features."""
 
-    def __init__(self, features: Tensor, squares: Tensor, l2: Tensor, y: Tensor, classes: int) -> None:
-        super().__init__(squares, l2, len(y), classes)
+    def __init__(self, features: Tensor, squares: Tensor, y: Tensor, classes: int) -> None:
+        super().__init__(squares, y.shape[1], classes)
         self.block = Block(features, y, classes)
 
     def start(self, parameters: Tensor) -> Tensor:
@@ -107,7 +128,7 @@ class InMemory(Problems):
         self.origin, self.along = self.logits, self.block.logits(direction)
 
     def trial(self, step: Tensor) -> Tensor:
-        return self._loss(torch.addcmul(self.origin, step.to(self.along)[:, None, :, None], self.along))
+        return self._loss(torch.addcmul(self.origin, step.to(self.along)[..., None, None], self.along))
 
     def _loss(self, logits: Tensor) -> Tensor:
         self.logits = logits
@@ -117,9 +138,11 @@ class InMemory(Problems):
     def _sums(self) -> tuple[Tensor, Tensor]:
         return self.block.gradient(self.shares)
 
-    def keep(self, rows: Tensor, columns: Tensor) -> None:
-        super().keep(rows, columns)
-        self.block.features, self.logits = self.block.features[rows], self.logits[rows][:, :, columns]
+    def select(self, rows: Tensor, columns: Tensor) -> Problems:
+        chosen = super().select(rows, columns)
+        assert isinstance(chosen, InMemory)
+        chosen.block, chosen.logits = self.block.select(rows, columns), self.logits[rows][:, columns]
+        return chosen
 
 
 class Streamed(Problems):
@@ -128,17 +151,18 @@ class Streamed(Problems):
     The features need not be turned into the eigenbasis: the parameters are turned back, which is less work.
     """
 
-    def __init__(self, blocks: Blocks, squares: Tensor, vectors: Tensor, l2: Tensor, n: int, classes: int) -> None:
-        super().__init__(squares[None], l2, n, classes)
+    def __init__(self, blocks: Blocks, squares: Tensor, vectors: Tensor, n: int, classes: int) -> None:
+        super().__init__(squares[None], n, classes)
         self.blocks = blocks
         self.turn = torch.block_diag(vectors, vectors.new_ones(1, 1))
+        self.columns: Tensor | None = None
 
     def start(self, parameters: Tensor) -> Tensor:
         turned = parameters @ self.turn.T
         gradient, squares = torch.zeros_like(turned), turned.new_zeros(turned.shape[:3])
         loss = turned.new_zeros(turned.shape[:2], dtype=torch.float64)
         for x, y in self.blocks():
-            block = Block(x[None], y, self.classes)
+            block = Block(x[None], y if self.columns is None else y[self.columns], self.classes)
             part, shares = block.loss(block.logits(turned))
             loss += part
             for total, more in zip((gradient, squares), block.gradient(shares), strict=True):
@@ -154,3 +178,9 @@ class Streamed(Problems):
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         return self.sums
+
+    def select(self, rows: Tensor, columns: Tensor) -> Problems:
+        chosen = super().select(rows, columns)
+        assert isinstance(chosen, Streamed)
+        chosen.columns = columns if self.columns is None else self.columns[columns]
+        return chosen

@@ -19,7 +19,7 @@ from keepsight.diagnosis.probes.fit import (
     Features,
     Fit,
     Split,
-    bytes_per_layer,
+    bytes_of_layer,
     fit,
     fit_streamed,
     layers_memory,
@@ -129,7 +129,7 @@ def fit_probes(
     shuffled = y.clone()
     shuffled[known] = y[np.random.default_rng([seed, 1]).permutation(known)]
 
-    targets = (y.to(device), shuffled.to(device))
+    targets = torch.stack([y, shuffled]).to(device)
     l2 = torch.tensor(grid, dtype=torch.float32, device=device)
     fits: list[list[Fit]] = [[], []]
     together, start = None, 0
@@ -140,7 +140,7 @@ def fit_probes(
             start += 1
             found = fit_streamed(first, targets, split, l2, len(names))
         else:
-            together = together or max(1, layers_memory(device) // bytes_per_layer(n, d, len(names), len(grid)))
+            together = together or max(1, layers_memory(device) // bytes_of_layer(n, d, len(names)))
             chunk = layers[start + 1 : start + together]
             start += 1 + len(chunk)
             # Nothing here holds on to the features, which `fit` lets go of early.
