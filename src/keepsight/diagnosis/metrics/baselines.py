@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.metrics.ridge import TEST, TRAIN, VALIDATION, Score, Sums, per_image, score_of
+from keepsight.diagnosis.metrics.ridge import TEST, TRAIN, VALIDATION, Moments, Score, per_image, score_of
 
 SHRINKAGE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)  # of the means of a place, in tokens
 BLOCK = 4096  # tokens read at a time
@@ -55,12 +55,12 @@ def place_score(read: Callable[[np.ndarray], Tensor], part: np.ndarray, place: n
     place = np.unique(place, return_inverse=True)[1]
     images = int(image.max()) + 1
     chunks = [np.arange(start, min(start + BLOCK, len(part))) for start in range(0, len(part), BLOCK)]
-    sums = Sums()
+    moments = Moments()
     for rows in chunks:
         y = read(rows[part[rows] == TRAIN])
         if len(y):
-            sums.add(y[:, :1], {"target": y})
-    scale = sums.scales()[1]["target"]
+            moments.add(y)
+    scale = moments.scale()
     total = torch.zeros(int(place.max()) + 1, len(scale.mean), dtype=torch.float64)
     count = torch.from_numpy(np.bincount(place[part == TRAIN], minlength=len(total))).double()[:, None]
     for rows in chunks:

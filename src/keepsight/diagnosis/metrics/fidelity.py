@@ -19,7 +19,17 @@ from torch import Tensor
 from keepsight.diagnosis.collect.accumulate import BLOCK, Accumulator
 from keepsight.diagnosis.collect.store import LayerStore
 from keepsight.diagnosis.metrics.baselines import partners, place_score, split_images
-from keepsight.diagnosis.metrics.ridge import TEST, TRAIN, UNUSED, VALIDATION, Fit, Score, Sums, directions, fit_ridge
+from keepsight.diagnosis.metrics.ridge import (
+    TEST,
+    TRAIN,
+    UNUSED,
+    VALIDATION,
+    Fit,
+    Moments,
+    Score,
+    directions,
+    fit_ridge,
+)
 from keepsight.diagnosis.metrics.spectrum import CovarianceSums, spectrum
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.results.intervals import mean_interval, ratio_interval, ratio_shares
@@ -72,14 +82,14 @@ class Fidelity:
         store, position = self._input()
         if store.width <= DIRECTIONS:
             return store, position
-        sums = Sums()
+        moments = Moments()
         for rows, x in self.accumulator.blocks(position):
             chosen = x[torch.from_numpy(self.part[rows] == TRAIN).to(x.device)]
             if len(chosen):
-                sums.add(chosen[:, :1], {"h[0]": chosen})
-        if not sums.count:
+                moments.add(chosen)
+        if not moments.count:
             return store, position
-        scale = sums.scales()[1]["h[0]"]
+        scale = moments.scale()
         turned = directions(store.width, DIRECTIONS, self.seed).to(self.accumulator.device)
         found = LayerStore(self.accumulator.folder / "input", 1, DIRECTIONS)
         for _, x in self.accumulator.blocks(position):

@@ -28,22 +28,42 @@ class Scale:
     mean: Tensor
     factor: Tensor
 
-    @classmethod
-    def of(cls, count: float, first: Tensor, squares: Tensor, shift: Tensor) -> Scale:
-        """From the number of tokens, and of the shifted tokens the sum [d] and the sum of squares [d]."""
-        mean = first / count
-        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
-        # A deviation at the level of float32 rounding is a constant channel, not information.
-        constant = deviation <= 1e-6 * (mean + shift).abs() + 1e-30
-        return cls(mean + shift, torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30)))
-
     def __call__(self, x: Tensor) -> Tensor:
         return (x.double() - self.mean) * self.factor
+
+    def __getitem__(self, channels: slice) -> Scale:
+        return Scale(self.mean[channels], self.factor[channels])
 
     @property
     def constant(self) -> int:
         """Channels left out."""
         return int((self.factor == 0).sum())
+
+
+class Moments:
+    """Sums and sums of squares over tokens [rows, d], less the first block's mean so that float64 loses nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: Tensor) -> Tensor:
+        """Add a block that is not empty; returns it shifted, float64."""
+        x = x.double()
+        if not self.count:
+            self.shift = x.mean(dim=0)
+            self.first, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
+        z = x - self.shift
+        self.count += len(z)
+        self.first += z.sum(dim=0)
+        self.squares += torch.linalg.vector_norm(z, dim=0).square()
+        return z
+
+    def scale(self) -> Scale:
+        mean = self.first / self.count
+        deviation = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        # A deviation at the level of float32 rounding is a constant channel, not information.
+        constant = deviation <= 1e-6 * (mean + self.shift).abs() + 1e-30
+        return Scale(mean + self.shift, torch.where(constant, 0.0, 1 / deviation.clamp(min=1e-30)))
 
 
 @dataclass(frozen=True)
@@ -94,44 +114,60 @@ def fit_ridge(
     Raises:
         ValueError: a part is empty.
     """
-    sums = Sums()
+    names, moments, second, widths = list(targets), Moments(), None, [0]
+
+    def parts_of(rows: np.ndarray, x: Tensor) -> list[Tensor]:
+        """Features and all targets, to be put side by side: one product of matrices is cheaper than one for each."""
+        return [x, *(read(rows) for read in targets.values())]
+
     for rows, x in _only(blocks, part, TRAIN):
-        sums.add(x, {name: read(rows) for name, read in targets.items()})
-    if not sums.count or not (part == VALIDATION).any() or not (part == TEST).any():
+        parts = parts_of(rows, x)
+        widths = [one.shape[1] for one in parts]
+        z = moments.add(torch.cat(parts, dim=1))
+        product = z[:, : widths[0]].T @ z
+        second = product if second is None else second.add_(product)
+    if second is None or not (part == VALIDATION).any() or not (part == TEST).any():
         raise ValueError("ridge regression needs training, validation and test tokens; one of the parts is empty")
-    scale, scales = sums.scales()
-    correlation = sums.correlation(scale)
-    products = {name: sums.products(name, scale, scales[name]) for name in targets}  # [d, m]
+    scale, d = moments.scale(), widths[0]
+    ends = np.cumsum(widths).tolist()
+    columns = {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:], strict=False)}
+    first = moments.first / moments.count
+    second = (second / moments.count).addr_(first[:d], first, alpha=-1)
+    second *= scale.factor[:d, None] * scale.factor  # mean products of standardised features with both, [d, d + …]
+    correlation, products = second[:, :d], {name: second[:, columns[name]] for name in names}
     some = {name: directions(product.shape[1], CHOOSING, seed).to(product) for name, product in products.items()}
-    reduced = torch.cat([products[name] @ some[name] for name in targets], dim=1)
+    reduced = torch.cat([products[name] @ some[name] for name in names], dim=1)
     # A few Cholesky factors cost a fraction of one eigendecomposition.
     maps = torch.cat([torch.cholesky_solve(reduced, _factor(correlation, alpha)) for alpha in strengths], dim=1)
     errors = torch.zeros(len(strengths), reduced.shape[1], dtype=torch.float64, device=reduced.device)
     for rows, x in _only(blocks, part, VALIDATION):
-        z, y = scale(x), torch.cat([scales[name](read(rows)) @ some[name] for name, read in targets.items()], dim=1)
-        errors += (z @ maps).view(len(z), *errors.shape).sub_(y[:, None]).square_().sum(dim=0)
-    sizes = [some[name].shape[1] for name in targets]
+        z = scale(torch.cat(parts_of(rows, x), dim=1))
+        y = torch.cat([z[:, columns[name]] @ some[name] for name in names], dim=1)
+        missed = (z[:, :d] @ maps).view(len(z), *errors.shape).sub_(y[:, None])
+        errors += torch.linalg.vector_norm(missed, dim=0).square()
+    sizes = [some[name].shape[1] for name in names]
     # Of equally good strengths, the strongest: the simpler map.
     chosen = {
         name: len(strengths) - 1 - int(error.sum(dim=1).flip(0).argmin())
-        for name, error in zip(targets, errors.split(sizes, dim=1), strict=True)
+        for name, error in zip(names, errors.split(sizes, dim=1), strict=True)
     }
     factors = {a: _factor(correlation, strengths[a]) for a in set(chosen.values())}
-    final = {name: torch.cholesky_solve(product, factors[chosen[name]]) for name, product in products.items()}
+    final = torch.cat([torch.cholesky_solve(products[name], factors[chosen[name]]) for name in names], dim=1)
     del factors, correlation, maps
 
     images = int(image.max()) + 1
-    tables = {name: np.zeros((4, images)) for name in targets}
+    tables = {name: np.zeros((4, images)) for name in names}
     for rows, x in _only(blocks, part, TEST):
-        z, owner = scale(x), image[rows]
-        for name, read in targets.items():
-            tables[name] += per_image(z @ final[name], scales[name](read(rows)), owner, images)
+        z, owner = scale(torch.cat(parts_of(rows, x), dim=1)), image[rows]
+        predictions = (z[:, :d] @ final).split(widths[1:], dim=1)
+        for name, prediction in zip(names, predictions, strict=True):
+            tables[name] += per_image(prediction, z[:, columns[name]], owner, images)
     tested = np.unique(image[part == TEST])
     scores = {
-        name: score_of(float(strengths[chosen[name]]), table, tested, scales[name].constant)
+        name: score_of(float(strengths[chosen[name]]), table, tested, scale[columns[name]].constant)
         for name, table in tables.items()
     }
-    return Fit(scores, int(sums.count), int((part == TEST).sum()), scale.constant)
+    return Fit(scores, moments.count, int((part == TEST).sum()), scale[:d].constant)
 
 
 def _factor(correlation: Tensor, alpha: float) -> Tensor:
@@ -160,45 +196,6 @@ def score_of(strength: float, table: np.ndarray, images: np.ndarray, constant: i
     table = table[:, images]
     with np.errstate(invalid="ignore", divide="ignore"):
         return Score(strength, images, table[0], table[1], table[2] / table[3], constant)
-
-
-class Sums:
-    """Sums over training tokens, of tokens shifted by the first block's mean so that float64 loses nothing."""
-
-    def __init__(self) -> None:
-        self.count = 0.0
-        self.shifts: dict[str, Tensor] = {}
-        self.first: dict[str, Tensor] = {}
-        self.second: dict[str, Tensor] = {}  # "": XᵀX; a target's name: XᵀY
-        self.squares: dict[str, Tensor] = {}  # of each target
-
-    def add(self, x: Tensor, targets: dict[str, Tensor]) -> None:
-        centred = {name: self._shifted(name, value) for name, value in {"": x, **targets}.items()}
-        z = centred[""]
-        self.count += len(z)
-        for name, value in centred.items():
-            self.first[name] = self.first.get(name, 0) + value.sum(dim=0)
-            self.second[name] = self.second.get(name, 0) + z.T @ value
-            if name:
-                self.squares[name] = self.squares.get(name, 0) + value.square().sum(dim=0)
-
-    def _shifted(self, name: str, value: Tensor) -> Tensor:
-        value = value.double()
-        return value - self.shifts.setdefault(name, value.mean(dim=0))
-
-    def scales(self) -> tuple[Scale, dict[str, Scale]]:
-        squares = {"": self.second[""].diagonal(), **self.squares}
-        found = {name: Scale.of(self.count, self.first[name], squares[name], self.shifts[name]) for name in squares}
-        return found.pop(""), found
-
-    def correlation(self, scale: Scale) -> Tensor:
-        return self.products("", scale, scale)
-
-    def products(self, name: str, left: Scale, right: Scale) -> Tensor:
-        """Of standardised features and targets, the mean product [d, m]."""
-        means = self.first[""] / self.count, self.first[name] / self.count
-        covariance = self.second[name] / self.count - means[0][:, None] * means[1]
-        return left.factor[:, None] * covariance * right.factor
 
 
 def _only(blocks: Blocks, part: np.ndarray, wanted: int) -> Iterable[tuple[np.ndarray, Tensor]]:
