@@ -8,6 +8,7 @@ import keepsight
 from keepsight.pre import curves, normalise
 from keepsight.pre.curves import Curves
 from keepsight.pre.float32 import finest
+from keepsight.pre.head import PredictionHead
 from tests.tiny import llava_clip_llama
 from tests.training.test_trainer import collate, samples
 
@@ -46,3 +47,18 @@ def test_a_training_step_needs_no_float64(monkeypatch, config):
         kept.steps = 1
         read[kind] = kept.read(lambda sums: sums)[0]
     assert read[torch.float32] == pytest.approx(read[torch.float64], abs=1e-5)
+
+
+def test_a_head_whose_weights_were_rounded_computes_in_float32():
+    """As DeepSpeed's bf16 leaves it, which replaces the data of parameters; their gradients are of their type."""
+    head = PredictionHead(8, 6, 16, seed=0)
+    for parameter in head.parameters():
+        parameter.data = parameter.data.bfloat16()
+    states = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    up, up_bias, down, down_bias = (parameter.detach().double() for parameter in head.parameters())
+    expected = torch.nn.functional.gelu(states.double() @ up.T + up_bias) @ down.T + down_bias
+    found = head(states)
+    assert found.dtype is torch.float32
+    assert torch.allclose(found.double(), expected, atol=1e-6)
+    found.sum().backward()
+    assert head.up.weight.grad.dtype is torch.bfloat16

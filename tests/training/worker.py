@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node 2 -m tests.training.worker MODE OUT
 
-MODE: trainer (HF Trainer with the mixin; DDP, or FSDP2 where the environment asks for it as `accelerate launch` does),
-injected (HF Trainer as it is, PRe with ``inject=True`` and its callback, no learning),
+MODE: trainer (HF Trainer with the mixin; DDP, or FSDP2 or DeepSpeed where the environment asks for them as
+`accelerate launch` does), injected (HF Trainer as it is, PRe with ``inject=True`` and its callback, no learning),
 loop (a plain loop, DDP), fsdp (a plain loop, FSDP2), with "-images" behind it for data where only one process ever has
-pictures, and further settings of PRe as name=value; so are gradient_checkpointing, dtype and `learns` (parts).
+pictures, or "-all" where every sample has one, and further settings of PRe as name=value; so are
+gradient_checkpointing, dtype, `learns` (parts), `accumulate`, max_grad_norm and bf16.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers import training_args
 
 import keepsight
 from keepsight.processes import part
 from keepsight.training.config import PARTS
 from keepsight.training.freeze import train_only
-from keepsight.training.sharding import is_sharded
+from keepsight.training.sharding import is_sharded, zero_stage
 from tests.tiny import llava_clip_llama
 from tests.training.test_trainer import InOrder, PReTrainer, collate, make_trainer, samples, train
 
 STEPS, BATCH = 3, 4
 
 
-def data(one_sided: bool) -> list[dict[str, Any]]:
-    """Twelve samples; one-sided: of every four, the first two (one process's share) have pictures, the others none."""
+def data(pictures: str) -> list[dict[str, Any]]:
+    """Twelve samples, one without a picture; "images": of every four, the first two (one process's share) have
+    pictures, the others none; "all": each has."""
     rows = samples()
     rows = [*rows, *rows[2:6]]
-    if one_sided:
+    if pictures == "all":
+        rows[1] = rows[6]
+    if pictures == "images":
         with_picture, without = rows[2], rows[1]
         rows = [with_picture if index % BATCH < BATCH // 2 else without for index in range(len(rows))]
     return rows
@@ -58,25 +63,43 @@ def shard_on_cpu() -> None:
     PartialState.__init__ = renamed
 
 
+def bf16_on_cpu() -> None:
+    """Let `TrainingArguments` have bf16 on a CPU without use_cpu, with which accelerate would leave DeepSpeed out."""
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+
 def main(mode: str, out: str, *settings: str) -> None:
     torch.set_num_threads(1)
     values = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
-    kind, one_sided = mode.removesuffix("-images"), mode.endswith("-images")
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    kind, _, pictures = mode.partition("-")
+    accumulate, clip = values.pop("accumulate", 1), values.pop("max_grad_norm", 1.0)
+    bf16 = values.pop("bf16", False)
     checkpointing, dtype = values.pop("gradient_checkpointing", False), values.pop("dtype", "float32")
     model, _ = llava_clip_llama()
     model.to(getattr(torch, dtype))
     train_only(model, values.pop("learns", PARTS))
     handle = keepsight.attach(model, keepsight.PReConfig(**values), inject=kind == "injected")
-    rows = data(one_sided)
+    rows, zero = data(pictures), None
     head_types: list[torch.dtype] = []
     handle.head.register_forward_pre_hook(lambda head, _: head_types.append(head.up.weight.dtype))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "trainer":
         path = Path(out).with_suffix(".trainer")
-        options: Any = {"max_steps": STEPS, "max_grad_norm": 1.0, "gradient_checkpointing": checkpointing}
-        trainer, _ = train(model, path, rows, PReTrainer, batch=BATCH // processes, **options)
+        options: Any = {
+            "max_steps": STEPS,
+            "max_grad_norm": clip,
+            "bf16": bf16,
+            "gradient_checkpointing": checkpointing,
+        }
+        options |= {"batch": BATCH // processes // accumulate, "accumulate": accumulate}
+        if deepspeed:  # with use_cpu, accelerate would leave it out without a word
+            options |= {"use_cpu": False, "ddp_backend": "gloo"}
+            bf16_on_cpu()
+        trainer, _ = train(model, path, rows, PReTrainer, **options)
+        zero = zero_stage(trainer.args)
         log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
         rank = trainer.args.process_index
     elif kind == "injected":
@@ -88,15 +111,32 @@ def main(mode: str, out: str, *settings: str) -> None:
     else:
         log, rank = plain_loop(kind, model, handle, rows, processes), int(os.environ.get("RANK", "0"))
     parameters = {  # gathered by all processes
-        name: getattr(p, "full_tensor", lambda p=p: p)().detach().double().norm().item()
+        name: whole(p).detach().double().norm().item()
         for name, p in model.named_parameters()
         if kind != "fsdp" or processes == 1
     }
     part()
     if rank == 0:
         head = str(head_types[-1]) if head_types else None
-        found = {"head": head, "log": log, "parameters": parameters, "sharded": is_sharded(model)}
+        found = {
+            "head": head,
+            "log": log,
+            "parameters": parameters,
+            "sharded": is_sharded(model),
+            "steps": handle.steps,
+            "zero": zero,
+        }
         Path(out).write_text(json.dumps(found))
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A parameter that FSDP2 or ZeRO-3 may hold in shards; every process must call it."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return getattr(parameter, "full_tensor", lambda: parameter)()
 
 
 def plain_loop(kind: str, model: Any, handle: Any, rows: list[Any], processes: int) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from keepsight.pre.config import PReConfig
 from keepsight.pre.float32 import Float32Module
@@ -15,11 +16,21 @@ from keepsight.pre.normalise import AnchorStatistics
 from keepsight.pre.teacher import Teacher
 
 
+class Float32Linear(nn.Linear):
+    """Computes in float32 whatever its weights are kept in: DeepSpeed's bf16 rounds all weights of a model, past
+    `Float32Module`, and has the float32 ones itself. In the layer's own call, around which ZeRO-3 gathers them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[T, d]`` → ``[T, d']``, both float32."""
+        return F.linear(input, self.weight.float(), self.bias.float())
+
+
 class PredictionHead(Float32Module):
     """Two-layer MLP ``f_pred``: Linear → GELU → Linear, no norm (paper: "2-layer MLP head"; GELU and width are ours).
 
-    Its parameters stay float32 whatever the model around it is cast to, and it computes in float32 under autocast: the
-    cosine it is trained on saturates near 1, where half precision cannot tell predictions apart.
+    Its parameters stay float32 whatever the model around it is cast to (but by DeepSpeed, see `Float32Linear`), and it
+    computes in float32 under autocast: the cosine it is trained on saturates near 1, where half precision cannot tell
+    predictions apart.
 
     Args:
         width: d of the states read, ``[T, d]``.
@@ -31,9 +42,9 @@ class PredictionHead(Float32Module):
     def __init__(self, width: int, out_width: int, hidden: int, *, seed: int) -> None:
         super().__init__()
         # Built on "meta" and filled by hand, so that the global random generator is not advanced.
-        self.up = nn.Linear(width, hidden, device="meta", dtype=torch.float32)
+        self.up = Float32Linear(width, hidden, device="meta", dtype=torch.float32)
         self.act = nn.GELU()
-        self.down = nn.Linear(hidden, out_width, device="meta", dtype=torch.float32)
+        self.down = Float32Linear(hidden, out_width, device="meta", dtype=torch.float32)
         self.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(seed)
         for linear in (self.up, self.down):

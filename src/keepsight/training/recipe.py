@@ -21,7 +21,7 @@ from keepsight.training.data import ConversationDataset, load_source
 from keepsight.training.encode import Encoder
 from keepsight.training.freeze import train_only
 from keepsight.training.lora import check_available, save_adapter, targets
-from keepsight.training.sharding import is_sharded, whole_weights
+from keepsight.training.sharding import load_whole, whole_weights, zero_stage
 from keepsight.training.stages import Stages
 from keepsight.vlm.load import load_model, with_adapter
 
@@ -59,6 +59,13 @@ def train(
     """
     check_available(config.lora)
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
+    if config.lora.rank is not None and any(zero_stage(given) == 3 for given in arguments.values()):
+        raise ValueError(
+            f"lora.rank is {config.lora.rank} under DeepSpeed's ZeRO-3: adapters cannot be joined from shards yet. "
+            "Launch without it (one whole model a process; with LoRA it needs little beside its weights), or set "
+            "lora.rank to null."
+        )
+    load_whole()
     main = rank() == 0
     resuming = resume and (Path(config.out) / RUN_FILE).is_file()
     if resuming and (there := RunDirectory.open(config.out)).info.get("finished") and not record.changes(there, config):
@@ -112,7 +119,7 @@ def _save(stages: Stages, before: str) -> None:
     elif stages.adapted is not None and run is not None:  # into the weights themselves, not into their 4 bits
         model = with_adapter(build_model(config.model, seed=config.seed)[0], run.path / record.ADAPTER)
     model.requires_grad_(True)
-    weights = whole_weights(model) if is_sharded(model) else model.state_dict()
+    weights = whole_weights(model)
     if run is not None:
         model.save_pretrained(run.path / record.MODEL, state_dict=weights)
         stages.processor.save_pretrained(run.path / record.MODEL)

@@ -31,6 +31,7 @@ from keepsight.training.data import ConversationDataset
 from keepsight.training.encode import CutError
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.lora import adapt
+from keepsight.training.sharding import check_deepspeed, release
 from keepsight.training.trainer import PReTrainerMixin, set_apart
 
 
@@ -138,6 +139,7 @@ class Stages:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.read_log()
             _found(trainer, dataset)
+            release(trainer)
         except Exception as error:
             unusable = isinstance(error, (ImageError, CutError, ConversationError))
             kept = any(self._kept(stage_name) is not None for stage_name in self.config.stages())
@@ -192,6 +194,7 @@ class Stages:
             processing_class=self.processor,
             callbacks=[*self.callbacks],
         )
+        check_deepspeed(trainer.accelerator, handle, projector_lr=stage.projector_lr)
         found = partial(_found, trainer, dataset)
         trainer.add_callback(Checkpoints(handle, found, keep_weights=self.config.keep_weights))
         trainer.learned, trainer.projector_lr = frozenset(self.learned), stage.projector_lr

@@ -11,7 +11,7 @@ from torch import Tensor
 from keepsight.pre.attaching import handle_of
 from keepsight.pre.curves import Curves
 from keepsight.pre.handle import HEAD, Handle
-from keepsight.training.sharding import shard_head
+from keepsight.training.sharding import check_deepspeed, shard_head
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what it is mixed into
@@ -35,7 +35,8 @@ class PReTrainerMixin(_Trainer):
     far the model steps. Before the first step that saw pictures `Handle.assert_alive` stops a dead run.
 
     Raises:
-        ValueError: at construction, when nothing is attached to the model.
+        ValueError: at construction, when nothing is attached to the model, and for what does not go with DeepSpeed's
+            settings.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,6 +53,7 @@ class PReTrainerMixin(_Trainer):
                 "PRe is attached with inject=True, so its gradient enters by itself, and PReTrainerMixin would add it "
                 "again: attach without inject, or use the plain trainer with callbacks=[handle]."
             )
+        check_deepspeed(self.accelerator, handle, head_lr=handle.config.head_lr)
         self.pre: Handle = handle
         if handle not in self.callback_handler.callbacks:  # given as a callback as well
             self.add_callback(handle)

@@ -1,0 +1,181 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3, as accelerate and `Trainer` run them, between CPU processes; skipped without it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import keepsight
+from keepsight.training.config import LoraConfig
+from keepsight.training.recipe import train
+from keepsight.training.record import read_curves
+from keepsight.training.sharding import check_deepspeed
+from tests.tiny import llava_clip_llama
+from tests.training.test_lora import setting
+from tests.training.test_processes import ROOT, run
+from tests.training.test_resume import recipe
+
+CONFIGS = ROOT / "recipes" / "accelerate"
+EXACT = "max_grad_norm=0"  # DeepSpeed clips the head's gradient with the model's
+
+
+def launched(stage: int, folder: Path, *, bf16: bool = False) -> dict[str, str]:
+    """The environment in which `accelerate launch` starts processes, on CPUs; ZeRO-3 with no weight left whole."""
+    pytest.importorskip("deepspeed")
+    settings = json.loads((CONFIGS / f"zero{stage}.json").read_text(encoding="utf-8"))
+    settings["bf16"]["enabled"] = bf16
+    if stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file = folder / f"zero{stage}.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    given = ["--config_file", str(CONFIGS / f"zero{stage}.yaml"), "--main_process_port", "0", "-m", "keepsight"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    arguments.deepspeed_config_file = str(file)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    own = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {key: value for key, value in environment.items() if os.environ.get(key) != value} | own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "mode", "settings"),
+    [
+        (2, "trainer", ()),
+        (3, "trainer", ()),
+        (3, "trainer", ('normalise="whitened"', "layer=[1, 3]", "head_lr=0.01", "gradient_checkpointing=true")),
+        (3, "trainer", ('anchor="pre_projector"', 'control="other_image"', 'learns=["projector"]')),
+        (2, "trainer", ('anchor="moving_average"', "anchor_decay=0.5")),
+        (2, "trainer-all", ("accumulate=2",)),
+        (3, "trainer-all", ("accumulate=2",)),
+    ],
+    ids=lambda value: "-".join(value) or "paper" if isinstance(value, tuple) else str(value),
+)
+def test_two_processes_train_like_one(tmp_path, stage, mode, settings):
+    environment = launched(stage, tmp_path)
+    one = run(1, mode, tmp_path / "one.json", EXACT, *settings)
+    two = run(2, mode, tmp_path / "two.json", EXACT, *settings, **environment)
+    assert (one["zero"], two["zero"]) == (None, stage)
+    assert one["steps"] == two["steps"] == 3  # of λ's schedule and of running statistics
+    assert len(one["log"]) == len(two["log"]) == 3
+    for single, double in zip(one["log"], two["log"], strict=True):
+        for name in single:
+            if name.startswith(("lm_loss", "pre")) and name != "pre_margin":
+                assert double[name] == pytest.approx(single[name], abs=2e-5), name
+    assert one["parameters"].keys() == two["parameters"].keys()
+    for name, norm in one["parameters"].items():
+        assert two["parameters"][name] == pytest.approx(norm, abs=2e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_head_computes_in_float32_from_weights_that_deepspeed_keeps_in_bf16(tmp_path, stage):
+    environment = launched(stage, tmp_path, bf16=True)
+    one = run(1, "trainer", tmp_path / "one.json", EXACT)
+    two = run(2, "trainer", tmp_path / "two.json", EXACT, "bf16=true", **environment)
+    assert (one["head"], two["head"]) == ("torch.float32", "torch.bfloat16")
+    for single, double in zip(one["log"], two["log"], strict=True):
+        for name in ("lm_loss", "pre_loss"):
+            assert double[name] == pytest.approx(single[name], abs=5e-3), name
+
+
+@pytest.mark.slow
+def test_a_process_without_pictures_is_refused(tmp_path):
+    environment = launched(2, tmp_path)
+    with pytest.raises(AssertionError, match="1 micro-batches of this step hold no picture"):
+        run(2, "trainer-images", tmp_path / "two.json", **environment)
+
+
+@pytest.mark.slow
+def test_zero3_needs_whole_anchors(tmp_path):
+    environment = launched(3, tmp_path)
+    with pytest.raises(AssertionError, match="the anchor 'moving_average' keeps averages of whole weights, and ZeRO-3"):
+        run(2, "trainer", tmp_path / "two.json", 'anchor="moving_average"', **environment)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        ({"anchor": "encoder"}, {"zero_optimization": {"stage": 3}}, "the anchor 'encoder' keeps averages of whole"),
+        ({"head_lr": 0.1}, {"optimizer": {"type": "AdamW"}}, "head_lr is 0.1, and DeepSpeed's settings name an opt"),
+        ({"anchor": "encoder"}, {"zero_optimization": {"stage": 2}}, None),
+        ({"anchor": "encoder", "weight": 0.0}, {"zero_optimization": {"stage": 3}}, None),
+        ({"head_lr": 0.1}, {"zero_optimization": {"stage": 3}}, None),
+        ({}, {"optimizer": {"type": "AdamW"}}, None),
+    ],
+)
+def test_settings_that_do_not_go_together(config, settings, message):
+    handle = keepsight.attach(llava_clip_llama()[0], keepsight.PReConfig(**config))
+    plugin = SimpleNamespace(deepspeed_config=settings)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    if message is None:
+        check_deepspeed(accelerator, handle, head_lr=handle.config.head_lr)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_deepspeed(accelerator, handle, head_lr=handle.config.head_lr)
+
+
+def test_adapters_in_shards_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("keepsight.training.recipe.zero_stage", lambda arguments: 3)
+    with pytest.raises(ValueError, match=r"lora.rank is 4 under DeepSpeed's ZeRO-3: .* Launch without it"):
+        train(setting(tmp_path, "run", lora=LoraConfig(rank=4)))
+    assert not (tmp_path / "run").exists()
+
+
+def keepsight_train(made: Path, out: Path, *more: str, point: str = "never", **environment: str) -> None:
+    """`keepsight train` on one process, or under DeepSpeed on two; killed where `point` says."""
+    command = [sys.executable, "-m"]
+    if environment:
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+        more = (*more, "--trainer.use_cpu", "false", "--trainer.ddp_backend", "gloo")
+    command += ["tests.training.killed", point, str(made), "--out", str(out), *more]
+    command += ["--pre.control", "null"]  # its shuffles are each process's own
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) is (point == "never"), done.stderr[-3000:]
+
+
+def with_pictures(made: Path) -> Path:
+    """The recipe with the entries that have pictures, as many as two processes can share out, and no clipping."""
+    settings = yaml.safe_load(made.read_text(encoding="utf-8"))
+    data = Path(settings["data"]["conversations"])
+    entries = [row for row in json.loads(data.read_text(encoding="utf-8")) if "image" in row]
+    data.write_text(json.dumps(entries[:8]), encoding="utf-8")
+    settings["trainer"] |= {"max_grad_norm": 0.0}
+    made.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_recipe_of_two_stages_is_written_whole_and_goes_on_after_a_kill(tmp_path, pictures, stage):
+    environment = launched(stage, tmp_path)
+    made = with_pictures(recipe(tmp_path, pictures))
+    keepsight_train(made, tmp_path / "one")
+    keepsight_train(made, tmp_path / "two", **environment)
+    keepsight_train(made, tmp_path / "killed", point="step:full:5", **environment)
+    keepsight_train(made, tmp_path / "killed", "--resume", **environment)
+    expected = [row for row in read_curves(tmp_path / "one") if "lm_loss" in row]
+    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for name in ("two", "killed"):
+        curves = [row for row in read_curves(tmp_path / name) if "lm_loss" in row]
+        assert [row["step"] for row in curves] == [*range(1, 7)] * 2
+        for one, other in zip(expected, curves, strict=True):
+            for key in ("lm_loss", "pre_loss", "pre_images"):
+                assert other.get(key) == pytest.approx(one.get(key), abs=5e-5), (name, one["step"], key)
+        _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / name / "model", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        found = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert found.keys() == weights.keys()
+        assert all(torch.allclose(found[key], weights[key], atol=2e-4) for key in weights)
