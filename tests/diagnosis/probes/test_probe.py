@@ -76,12 +76,12 @@ def test_many_problems_together_equal_each_alone():
 
 
 def test_a_path_takes_about_as_many_steps_as_its_weakest_strength_alone():
-    """The line through the last two solutions leads near the next one."""
+    """The last solutions lead near the next one."""
     x, y = features(1, 300, 400, 10, 0.1)
     z, grid = standardise(x, np.arange(300)), torch.tensor(L2_GRID)
     path = sum(found.steps for found in solve(z, y[None], grid, 10))
     alone = [sum(found.steps for found in solve(z, y[None], one[None], 10)) for one in grid]
-    assert path <= 1.3 * alone[0]
+    assert path <= 1.2 * alone[0]
     assert path < 0.4 * sum(alone)
 
 

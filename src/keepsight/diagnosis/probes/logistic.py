@@ -2,16 +2,17 @@
 
 Each problem minimises  mean_i −log softmax(x_i W + b)[y_i] + λ/2 |W|²  (the intercept b is free): scikit-learn's
 objective with C = 1 / (nλ), divided by nC. The strengths are taken from the strongest on, and each starts where the
-straight line through the last two solutions over log λ leads to: that is so near that all strengths of a path together
-take little more steps than the weakest alone from zero. All problems of a strength advance together by L-BFGS in the
-eigenbasis of each layer's Gram matrix. There a diagonal model of the Hessian is good: u·s_j²/n + λ, where s_j² is the
-eigenvalue and u the mean uncertainty p(1 − p) of the present predictions; badly conditioned and separable data are then
-served alike. Where there are fewer pictures than features, the basis has only as many coordinates as pictures; the
-solution is the same.
+last solutions lead to over log λ: that is so near that all strengths of a path together take about as many steps as
+the weakest alone from zero. All problems of a strength advance together by L-BFGS in the eigenbasis of each layer's
+Gram matrix. There a diagonal model of the Hessian is good: u·s_j²/n + λ, where s_j² is the eigenvalue and u the mean
+uncertainty p(1 − p) of the present predictions; badly conditioned and separable data are then served alike. What was
+seen of the curvature goes on from strength to strength, less the penalty's share, which is known. Where there are
+fewer pictures than features, the basis has only as many coordinates as pictures; the solution is the same.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,8 +81,19 @@ class _History:
         self.z[:, :, self.oldest] = z.flatten(2)
         self.oldest = (self.oldest + 1) % HISTORY
 
-    def select(self, rows: Tensor, columns: Tensor) -> None:
-        self.s, self.z = self.s[rows][:, columns], self.z[rows][:, columns]
+    def penalise(self, more: Tensor) -> None:
+        """The penalty of each of the D coordinates has changed by `more` [D]."""
+        self.z += (self.s.unflatten(3, (-1, len(more))) * more).flatten(3)
+
+    def select(self, rows: Tensor, columns: Tensor) -> _History:
+        """That of these problems."""
+        chosen = copy.copy(self)
+        chosen.s, chosen.z = self.s[rows][:, columns], self.z[rows][:, columns]
+        return chosen
+
+    def take(self, at: tuple[Tensor, Tensor], other: _History, there: tuple[Tensor, Tensor]) -> None:
+        """For the problems `at`, what `other` has of those `there`; this one's oldest steps are the first."""
+        self.s[at], self.z[at] = (one[there].roll(-other.oldest, dims=1) for one in (other.s, other.z))
 
     def direction(self, gradient: Tensor, inverse: Tensor) -> Tensor:
         """−H⁻¹∇ with the diagonal `inverse` as H₀⁻¹, rescaled along the last step.
@@ -158,18 +170,36 @@ def streamed_basis(blocks: Blocks) -> tuple[int, Tensor, Tensor]:
 def _path(problems: Problems, l2: Tensor, targets: int, back: Tensor, tolerance: float) -> Iterator[Solution]:
     """The solutions from the strongest penalty to the weakest; `back` [P, d, D − 1] leads from the eigenbasis."""
     parameters = back.new_zeros(len(back), targets, problems.classes, back.shape[2] + 1)
-    before, loss, strengths = parameters, None, sorted(set(l2.tolist()), reverse=True)
-    for k, strength in enumerate(strengths):
+    history, loss, ridge = _History(parameters), None, problems.ridge
+    known: list[tuple[float, Tensor]] = []
+    for strength in sorted(set(l2.tolist()), reverse=True):
         problems.penalise(strength)
-        ahead = 1.0  # over log λ, how far the next strength is in steps of the last one
-        if k >= 2:
-            ahead = math.log(strengths[k - 1] / strength) / math.log(strengths[k - 2] / strengths[k - 1])
-        guess, loss = _guess(problems, torch.lerp(before, parameters, 1 + ahead), parameters, loss)
-        before = parameters
-        parameters, loss, steps = _descend(problems, guess, loss, tolerance)
+        history.penalise(problems.ridge - ridge)
+        guess = _extrapolated(known, math.log(strength)) if known else parameters
+        guess, loss = _guess(problems, guess, parameters, loss)
+        parameters, loss, steps = _descend(problems, guess, loss, history, tolerance)
+        known, ridge = [*known[-2:], (math.log(strength), parameters)], problems.ridge
         weights = (parameters[..., :-1].flatten(1, 2) @ back.transpose(1, 2)).view(*parameters.shape[:3], -1)
         value = loss + problems.penalty(parameters, parameters)
         yield Solution(strength, weights, parameters[..., -1], value, steps)
+
+
+def _extrapolated(known: list[tuple[float, Tensor]], at: float) -> Tensor:
+    """Where the last solutions, each at its log λ, lead to: half way between the line and the parabola through them.
+
+    The parabola alone leads astray where data begin to be told apart. After the first, as if zero lay before it.
+    """
+    t1, last = known[-1]
+    if len(known) == 1:
+        return 2 * last
+    t2, second = known[-2]
+    slope = (last - second) / (t1 - t2)
+    line = last + slope * (at - t1)
+    if len(known) == 2:
+        return line
+    t3, third = known[-3]
+    bend = (slope - (second - third) / (t2 - t3)) / (t1 - t3)
+    return line + 0.5 * bend * ((at - t1) * (at - t2))
 
 
 def _guess(problems: Problems, guess: Tensor, last: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -184,13 +214,18 @@ def _guess(problems: Problems, guess: Tensor, last: Tensor, loss: Tensor | None)
     return guess, problems.start(guess)
 
 
-def _descend(problems: Problems, parameters: Tensor, loss: Tensor, tolerance: float) -> tuple[Tensor, Tensor, int]:
-    """L-BFGS from the parameters, where `problems` stands: parameters and loss of each problem at its own last step."""
+def _descend(
+    problems: Problems, parameters: Tensor, loss: Tensor, known: _History, tolerance: float
+) -> tuple[Tensor, Tensor, int]:
+    """L-BFGS from the parameters, where `problems` stands: parameters and loss of each problem at its own last step.
+
+    known: what is known of the curvature; it takes what each problem learns until then.
+    """
     device, shape = parameters.device, loss.shape
     solution, best = torch.empty_like(parameters), torch.empty_like(loss)
     finished = torch.zeros(shape, dtype=torch.bool, device=device)
     rows, columns = (torch.arange(size, device=device) for size in shape)  # the problems still running
-    history = _History(parameters)
+    history = known.select(rows, columns)
     value = loss + problems.penalty(parameters, parameters)
     gradient, inverse = problems.gradient(parameters)
     stalled, steps = torch.zeros_like(value), 0
@@ -199,9 +234,9 @@ def _descend(problems: Problems, parameters: Tensor, loss: Tensor, tolerance: fl
         done = (gap <= tolerance * value) | (stalled >= STAGNATION) | (steps >= MAX_STEPS)
         # A problem keeps the solution of its own last step, however long its neighbours go on.
         row, column = (done & ~finished[rows[:, None], columns]).nonzero(as_tuple=True)
-        solution[rows[row], columns[column]] = parameters[row, column]
-        best[rows[row], columns[column]] = loss[row, column]
-        finished[rows[row], columns[column]] = True
+        at = rows[row], columns[column]
+        solution[at], best[at], finished[at] = parameters[row, column], loss[row, column], True
+        known.take(at, history, (row, column))
         going = ~finished[rows[:, None], columns]
         if not going.any():
             return solution, best, steps
@@ -210,7 +245,7 @@ def _descend(problems: Problems, parameters: Tensor, loss: Tensor, tolerance: fl
         if int(some_rows.sum()) * int(some_columns.sum()) <= SHRINK * going.numel():
             rows, columns = rows[some_rows], columns[some_columns]
             problems = problems.select(some_rows, some_columns)
-            history.select(some_rows, some_columns)
+            history = history.select(some_rows, some_columns)
             parameters, gradient, inverse, value, stalled = (
                 one[some_rows][:, some_columns] for one in (parameters, gradient, inverse, value, stalled)
             )
