@@ -12,7 +12,6 @@ fewer pictures than features, the basis has only as many coordinates as pictures
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.probes.lbfgs import History
 from keepsight.diagnosis.probes.losses import Blocks, InMemory, Problems, Streamed
 
-HISTORY = 4
 Basis = tuple[Tensor, Tensor, Tensor]
 STAGNATION = 8  # steps without progress beyond float32 noise
 SHRINK = 0.85  # finished problems are dropped once the others are at most this share
@@ -61,69 +60,6 @@ def basis(x: Tensor) -> Basis:
     features = left * singular[:, None, :]
     back = x.double().transpose(1, 2) @ (left * torch.where(kept, 1 / singular, 0.0)[:, None, :])
     return features.to(x.dtype), singular.square().to(x.dtype), back.to(x.dtype)
-
-
-class _History:
-    """The last steps s and changes of gradient z of every problem, [p, t, m, N], and H⁻¹∇ from them.
-
-    A ring: the step after next overwrites the oldest one. Steps that are not there yet are zero, and count for nothing,
-    as do those without curvature.
-    """
-
-    def __init__(self, parameters: Tensor) -> None:
-        p, t, c, width = parameters.shape
-        self.s = parameters.new_zeros(p, t, HISTORY, c * width)
-        self.z = torch.zeros_like(self.s)
-        self.oldest = 0
-
-    def add(self, s: Tensor, z: Tensor) -> None:
-        self.s[:, :, self.oldest] = s.flatten(2)
-        self.z[:, :, self.oldest] = z.flatten(2)
-        self.oldest = (self.oldest + 1) % HISTORY
-
-    def penalise(self, more: Tensor) -> None:
-        """The penalty of each of the D coordinates has changed by `more` [D]."""
-        self.z += (self.s.unflatten(3, (-1, len(more))) * more).flatten(3)
-
-    def select(self, rows: Tensor, columns: Tensor) -> _History:
-        """That of these problems."""
-        chosen = copy.copy(self)
-        chosen.s, chosen.z = self.s[rows][:, columns], self.z[rows][:, columns]
-        return chosen
-
-    def take(self, at: tuple[Tensor, Tensor], other: _History, there: tuple[Tensor, Tensor]) -> None:
-        """For the problems `at`, what `other` has of those `there`; this one's oldest steps are the first."""
-        self.s[at], self.z[at] = (one[there].roll(-other.oldest, dims=1) for one in (other.s, other.z))
-
-    def direction(self, gradient: Tensor, inverse: Tensor) -> Tensor:
-        """−H⁻¹∇ with the diagonal `inverse` as H₀⁻¹, rescaled along the last step.
-
-        The two loops of L-BFGS are two triangular systems in R_ij = s_i · z_j, i ≤ j, in the order of the steps.
-        """
-        s, z, back = self.s, self.z, -self.oldest
-        inner = (s @ z.transpose(2, 3)).roll((back, back), dims=(2, 3))
-        curvature = inner.diagonal(dim1=2, dim2=3)
-        known = curvature > 0
-        both = known[..., None] & known[..., None, :]
-        system = torch.where(both, inner, torch.eye(HISTORY, dtype=inner.dtype, device=inner.device)).triu()
-        flat = gradient.flatten(2)[..., None]
-
-        def projected(vector: Tensor, on: Tensor) -> Tensor:
-            return torch.where(known[..., None], (on @ vector).roll(back, dims=2), 0.0)  # [p, t, m, 1]
-
-        along = projected(flat, s)
-        alpha = torch.linalg.solve_triangular(system, along, upper=True)
-        q = (flat - z.transpose(2, 3) @ alpha.roll(-back, dims=2)).view_as(gradient) * inverse
-        last = z[:, :, self.oldest - 1].view_as(gradient)
-        length = (last * last * inverse).sum(dim=(2, 3))
-        # how far the model is off along the last step
-        scale = torch.where(known[..., -1] & (length > 0), curvature[..., -1] / length, 1.0)
-        q = (q * scale[..., None, None]).flatten(2)[..., None]
-        right = curvature[..., None] * alpha - projected(q, z)
-        step = torch.linalg.solve_triangular(
-            system.transpose(2, 3), torch.where(known[..., None], right, 0.0), upper=False
-        )
-        return -(q + s.transpose(2, 3) @ step.roll(-back, dims=2)).view_as(gradient)
 
 
 def solve(x: Tensor, y: Tensor, l2: Tensor, classes: int, *, tolerance: float = TOLERANCE) -> Iterator[Solution]:
@@ -170,7 +106,7 @@ def streamed_basis(blocks: Blocks) -> tuple[int, Tensor, Tensor]:
 def _path(problems: Problems, l2: Tensor, targets: int, back: Tensor, tolerance: float) -> Iterator[Solution]:
     """The solutions from the strongest penalty to the weakest; `back` [P, d, D − 1] leads from the eigenbasis."""
     parameters = back.new_zeros(len(back), targets, problems.classes, back.shape[2] + 1)
-    history, loss, ridge = _History(parameters), None, problems.ridge
+    history, loss, ridge = History(parameters), None, problems.ridge
     known: list[tuple[float, Tensor]] = []
     for strength in sorted(set(l2.tolist()), reverse=True):
         problems.penalise(strength)
@@ -215,7 +151,7 @@ def _guess(problems: Problems, guess: Tensor, last: Tensor, loss: Tensor | None)
 
 
 def _descend(
-    problems: Problems, parameters: Tensor, loss: Tensor, known: _History, tolerance: float
+    problems: Problems, parameters: Tensor, loss: Tensor, known: History, tolerance: float
 ) -> tuple[Tensor, Tensor, int]:
     """L-BFGS from the parameters, where `problems` stands: parameters and loss of each problem at its own last step.
 
