@@ -29,7 +29,7 @@ class Scale:
     factor: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x.double() - self.mean) * self.factor
+        return (x - self.mean).mul_(self.factor)  # the mean's float64 makes the difference float64, without a copy
 
     def __getitem__(self, channels: slice) -> Scale:
         return Scale(self.mean[channels], self.factor[channels])
@@ -48,9 +48,8 @@ class Moments:
 
     def add(self, x: Tensor) -> Tensor:
         """Add a block that is not empty; returns it shifted, float64."""
-        x = x.double()
         if not self.count:
-            self.shift = x.mean(dim=0)
+            self.shift = x.mean(dim=0, dtype=torch.float64)
             self.first, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
         z = x - self.shift
         self.count += len(z)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keepsight.diagnosis.probes.logistic import Solution, solve, solve_streamed
 
-MEMORY = 24 << 20  # bytes that the layers fitted together on a CPU may take: about what its caches hold
+MEMORY = 16 << 20  # bytes that the layers fitted together on a CPU may take: about what its caches hold
 FEATURES_MEMORY = 4 << 30  # bytes that the features of one layer may take in memory
 BLOCK = 256 << 20  # bytes that a block may take that is read from the disk
 
