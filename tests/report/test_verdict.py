@@ -205,3 +205,8 @@ def test_a_number_that_rounds_to_zero_has_no_minus() -> None:
     base = run("a", [probe(0.80001, 0.03)])
     pre = run("b", [probe(0.80000, 0.04)])
     assert "texture 0.0 points" in verdict([base, pre])
+
+
+def test_ends_that_round_to_zero_have_no_minus() -> None:
+    base, pre = (run(label, [gap(value, 0.0002)]) for label, value in (("a", 0.5), ("b", 0.5)))
+    assert "gap 0.000 [0.000, 0.000]" in verdict([base, pre])
