@@ -179,6 +179,14 @@ def test_a_variant_is_chosen_for_the_figures_that_have_it(opened: Callable[..., 
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_numbers_of_a_figure_have_its_whole_width(opened: Callable[..., Tab], report: Path) -> None:
+    page = opened(report).ready()
+    figure = page.locator("#figure-probes-probe_accuracy-0")
+    figure.locator("summary").click()
+    plot, table = (figure.locator(part).bounding_box() for part in (".plot", ".scroll"))
+    assert table["width"] > 0.95 * plot["width"]
+
+
 def test_print_is_light_and_leaves_the_theme(opened: Callable[..., Tab], report: Path, tmp_path: Path) -> None:
     page = opened(report, color_scheme="dark").ready()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"

@@ -14,6 +14,9 @@ import pytest
 from PIL import Image
 
 from keepsight.report import build, verdict
+from keepsight.report.curves import open_runs
+from keepsight.report.metrics import SECTIONS
+from keepsight.report.panels import draw_section
 from keepsight.results import Example, LoadedRun, Measurement, RunDirectory, StorageError
 from tests.report.sample import sample_run, with_spectra
 
@@ -149,6 +152,18 @@ def test_variants_that_no_figure_shares_have_selectors_of_their_own(base: Loaded
         [("centred", True), ("raw", False)],
         [("covariance", True), ("correlation", False)],
     ]
+
+
+def test_a_null_of_several_variants_is_named_once(base: LoadedRun) -> None:
+    rows = [
+        Measurement("gap", 0.5, layer=0, variant=variant)
+        for null in ("", ", random weights")
+        for variant in (f"raw{null}", f"centred{null}")
+    ]
+    (section,) = (one for one in SECTIONS if one.id == "structure")
+    drawn = draw_section(open_runs([dataclasses.replace(base, rows=rows)]), section)
+    assert drawn is not None
+    assert drawn.controls == ["random weights"]
 
 
 def test_a_layer_without_a_value_is_a_gap_with_its_reason(page: Page) -> None:

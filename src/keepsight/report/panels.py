@@ -77,7 +77,9 @@ class Figures:
     def controls(self) -> list[str]:
         """Names of the thin dotted lines, in the order of their first figure."""
         lines = (line for panel in self.panels for view in panel.views for line in view["lines"])
-        return list(dict.fromkeys(line["name"] for line in lines if line["role"] == "control"))
+        names = dict.fromkeys(line["name"] for line in lines if line["role"] == "control")
+        # "raw, random weights" and "centred, random weights" are one control, each beside its own.
+        return list(dict.fromkeys(name.removeprefix(f"{control_of(name)}, ") for name in names))
 
     @property
     def panels(self) -> list[Panel]:
