@@ -207,6 +207,18 @@ class TestArms:
         assert row.value == pytest.approx(np.mean(means))
         assert (row.low, row.high) == pytest.approx((row.value - half, row.value + half), abs=1e-5)
 
+    @pytest.mark.parametrize("over", ["seeds", "images"])
+    def test_seeds_that_agree_are_not_certain(self, over):
+        """5 of 6 right with either seed, and 6 of 6: an interval without width would tell the two apart for sure."""
+        arms_of = [
+            pool([run_of(label, np.full(40, share), seed) for seed in (0, 1)], over=over)
+            for label, share in (("a", 5 / 6), ("b", 1.0))
+        ]
+        before, after = (arm.rows[0] for arm in arms_of)
+        assert (before.value, before.low, before.high) == (pytest.approx(5 / 6), None, None)
+        assert before.note.endswith(f"; no interval: all {over} agree")
+        assert not difference(before, after).told
+
     def test_a_value_that_one_run_lacks(self):
         runs = [run_of("a", np.arange(40.0), i) for i in (0, 1)]
         lacking = LoadedRun(

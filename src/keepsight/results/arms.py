@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from keepsight.results.intervals import mean_interval
+from keepsight.results.intervals import Estimate, mean_interval
 from keepsight.results.loaded import LoadedRun
 from keepsight.results.measurement import Key, Measurement
 from keepsight.results.per_image import PerImage
@@ -32,7 +32,7 @@ def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:
         over: what the intervals are over. "seeds": a t-interval over the runs' values, which is what a claim about a
             training recipe needs; two arms whose runs have the same training seeds are compared in pairs. "images": a
             t-interval over what each picture adds on average over the runs, which says nothing of other seeds; numbers
-            not kept by picture have none.
+            not kept by picture have none. Nor have numbers that are the same in all.
 
     Raises:
         ValueError: two runs are of the same weights, or differ in depth, width or the layer of PRe.
@@ -91,9 +91,13 @@ def _row(row: Measurement, key: Key, values: np.ndarray, kept: PerImage | None, 
     note = f"mean of {n} seeds, interval over {over}" + ("" if row.n is None else f"; {row.n} {row.unit} each")
     if over == "seeds":
         row = replace(row, n=n, unit="seeds")
-        found = mean_interval(values)
     else:
-        found = mean_interval(kept.of(key) if kept and key in kept else np.empty(0))
+        values = kept.of(key) if kept and key in kept else np.empty(0)
+        values = values[~np.isnan(values)]
+    found = mean_interval(values)
+    if len(values) > 1 and np.ptp(values) == 0:
+        # Two seeds with as many right of a few test pictures: no spread was seen, and the interval would claim none.
+        found, note = Estimate(mean), f"{note}; no interval: all {over} agree"
     return replace(row, value=mean, low=found.low, high=found.high, note=note, seed=None)
 
 
