@@ -109,6 +109,16 @@ def test_train_then_diagnose(tmp_path: Path, labelled: Path, capsys) -> None:
     assert yaml.safe_load((again.path / "config.yaml").read_text())["layers"] == [0, 4]
 
 
+def test_diagnose_takes_all_tokens_when_asked(tmp_path: Path, labelled: Path, capsys) -> None:
+    save_llava(tmp_path / "tiny")
+    command = ["diagnose", str(tmp_path / "tiny"), f"--images={labelled}", "--layers=[0]", "--metrics=spectrum"]
+    for more, said in (([], "seeded sample of tokens"), (["--exact", "--device-map=cpu"], "all tokens")):
+        out = tmp_path / said
+        assert cli.main([*command, f"--out={out}", *more]) == 0
+        notes = {row.note for row in RunDirectory.open(out).read_rows() if row.metric == "participation_ratio"}
+        assert notes == {said}
+
+
 @pytest.mark.parametrize("beside", ['{"pre_layer": "x"}', "[1]", "{", '{"label": "other", "pre_layer": 2}'])
 def test_a_file_beside_a_model_is_not_taken_for_its_training(
     tmp_path: Path, labelled: Path, beside: str, monkeypatch, capsys

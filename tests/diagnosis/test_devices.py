@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from keepsight.diagnosis import diagnose
 from keepsight.diagnosis.collect.accumulate import Accumulator
 from keepsight.diagnosis.collect.batch import Batch
 from keepsight.diagnosis.collect.calibrate import Calibration
@@ -15,6 +16,9 @@ from keepsight.diagnosis.metrics.lens import top_and_entropy, top_tokens
 from keepsight.diagnosis.metrics.similarity import Similarity
 from keepsight.diagnosis.summary import image_rows, spectrum_rows, target_rows
 from keepsight.results import Measurement, PerImageBuilder
+from keepsight.vlm.load import load_model
+from keepsight.vlm.pruning import Pruning
+from tests.diagnosis.world import tiny_llava, write_world
 from tests.elsewhere import DEVICE, Accelerator
 
 IMAGES, TOKENS, WIDTH, BATCH = 48, 16, 8, 12
@@ -101,3 +105,32 @@ def test_lens():
         torch.testing.assert_close(entropy.cpu(), expected[1])
         assert size == 11
         assert torch.equal(top_tokens(there, lambda x: x @ weights).cpu(), expected[0])
+
+
+def test_layers_on_another_device_give_the_same_rows(tmp_path):
+    """The second and third layer on the accelerator, as `device_map` places them: what they put out lies there."""
+    world, (model, processor) = write_world(tmp_path, per_class=4), tiny_llava()
+    options = {"masks": world[1], "metrics": "all", "prunings": [Pruning(1, 0.5)], "progress": False}
+    expected = diagnose(model, processor, world[0], **options).rows
+    layers = model.model.language_model.layers
+    layers[1].register_forward_hook(lambda module, args, output: output.to(DEVICE))
+    layers[2].register_forward_pre_hook(lambda module, args: (args[0].cpu(), *args[1:]))
+    with Accelerator():
+        found = diagnose(model, processor, world[0], **options).rows
+    assert found == expected
+
+
+def test_weights_that_wait_on_the_disk_give_the_same_rows(tmp_path):
+    pytest.importorskip("accelerate")
+    world = write_world(tmp_path / "world", per_class=4)
+    for part in tiny_llava():
+        part.save_pretrained(tmp_path / "model")
+    options = {"masks": world[1], "metrics": "all", "prunings": [Pruning(1, 0.5)], "progress": False}
+    whole = diagnose(*load_model(tmp_path / "model"), world[0], **options)
+    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    for away in (["model.language_model"], ["model.language_model", *places]):
+        model, processor = load_model(tmp_path / "model", device_map=places | dict.fromkeys(away, "disk"))
+        assert any(parameter.is_meta for parameter in model.parameters())
+        found = diagnose(model, processor, world[0], **options)
+        assert found.rows == whole.rows
+        assert found.info["model"]["fingerprint"] == whole.info["model"]["fingerprint"]

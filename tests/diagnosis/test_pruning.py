@@ -62,6 +62,17 @@ def test_rows_and_their_shares(parts):
     assert all(np.nanmean(result.per_image.of(row.key)) == pytest.approx(row.value) for row in rows)
 
 
+def test_shares_that_are_near_one_another_are_told_apart(parts, tmp_path):
+    images = [picture(colour, seed)[0] for seed in range(6) for colour in ("red", "green")]
+    prunings = [Pruning(1, keep, "uniform") for keep in (0.125, 0.12, 0.12)]
+    options = {"labels": ["red", "green"] * 6, "metrics": ["probes"], "layers": ["middle"], "progress": False}
+    result = diagnose(*parts, images, prunings=prunings, **options)
+    variants = [row.variant for row in result.rows if row.metric == "probe_accuracy_pruned"]
+    assert list(dict.fromkeys(variants)) == ["uniform, 12.5% after layer 1", "uniform, 12% after layer 1"]
+    assert len(variants) == 4  # at the middle and the last layer
+    assert "12.5%" in result.report(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_settings_that_mean_nothing_are_refused_before_the_work(parts):
     model, processor = parts
     images = [Image.new("RGB", (16, 16))] * 4
@@ -77,3 +88,17 @@ def test_without_labels_no_forward_is_spent_and_a_row_says_why(parts, monkeypatc
     result = diagnose(*parts, images, metrics=["maps"], prunings=[Pruning(1, 0.5)], progress=False)
     (row,) = [row for row in result.rows if row.metric == "probe_accuracy_pruned"]
     assert (row.value, row.note) == (None, "no labels were given")
+
+
+def test_broken_pictures_that_leave_too_few_for_a_probe_are_no_error(parts, tmp_path):
+    """Classes of three, two and two pictures, of which one of the three is broken: `probe_accuracy` says why."""
+    labels = ["red"] * 3 + ["green"] * 2 + ["blue"] * 2
+    paths = [tmp_path / f"{number}.png" for number in range(len(labels))]
+    for number, (label, path) in enumerate(zip(labels, paths, strict=True)):
+        picture(label, number)[0].save(path)
+    paths[0].write_bytes(paths[0].read_bytes()[:50])
+    options = {"metrics": ["probes"], "skip_broken": True, "progress": False}
+    result = diagnose(*parts, paths, labels=labels, prunings=[Pruning(1, 0.5)], **options)
+    assert [row.metric for row in result.rows if row.metric.startswith("probe")] == ["probe_accuracy"]
+    (row,) = [row for row in result.rows if row.metric == "probe_accuracy"]
+    assert row.note == "broken pictures leave fewer than two classes of two pictures, one of them of three"

@@ -5,6 +5,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,16 @@ def sample_run(arm: int, *, label: str | None = None, seed: int = 0) -> LoadedRu
     }
     config = f"pre:\n  weight: {0.5 * arm}\n  layer: middle\nsteps: 600\nbatch_size: 32\n"
     return LoadedRun(label or ("with PRe" if arm else "baseline"), rows, info, config, sample_pictures(arm))
+
+
+def with_spectra(run: LoadedRun) -> LoadedRun:
+    """The run with numbers whose variants are others': each its layer and a tenth for every variant."""
+    variants = {"participation_ratio": ("covariance", "correlation"), "token_homogeneity": ("centred", "raw")}
+    rows = [row for row in run.rows if row.metric not in variants]
+    for metric, names in variants.items():
+        for number, variant in enumerate(names):
+            rows += [Measurement(metric, at + number / 10, layer=at, variant=variant) for at in range(DEPTH + 1)]
+    return replace(run, rows=rows)
 
 
 def sample_map(arm: int, mask: np.ndarray, grid: int = 8) -> SimilarityMap:

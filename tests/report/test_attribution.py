@@ -184,7 +184,7 @@ def test_compare_opens_the_folder(three: LoadedRun, tmp_path: Path, capsys: pyte
     assert cli.main(["compare", *folders, "--out", str(out), *conditions]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "attribution[texture] < -0.5: met paid, attribution[texture] at layer 4: met, −0.99 [" in said
-    assert "gap < 0.1: not met baseline, gap at layer 4: not met" in said
+    assert "gap < 0.1: not met baseline, gap (centred) at layer 4: not met" in said
     assert "r with skill, texture" in said
     assert verdict([three]) in said
     found = read(out)

@@ -13,7 +13,7 @@ from keepsight.report import build
 from keepsight.results import LoadedRun, SimilarityMap
 from tests.report.answers import sample_answers
 from tests.report.browser import Tab, screenshot
-from tests.report.sample import sample_run
+from tests.report.sample import sample_run, with_spectra
 from tests.report.test_page import HOSTILE, hostile_run
 
 pytestmark = pytest.mark.slow
@@ -159,6 +159,32 @@ def test_nothing_is_wider_than_the_window(opened: Callable[..., Tab], report: Pa
     page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
     screenshot(page, f"width-{width}", full=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_variant_is_chosen_for_the_figures_that_have_it(opened: Callable[..., Tab], tmp_path: Path) -> None:
+    out = build([with_spectra(sample_run(0))], tmp_path / "report.html")
+    page = opened(out, viewport={"width": 360, "height": 800}).ready()
+    page.locator("#spectrum details.more > summary").click()
+    page.wait_for_selector('[data-panel="spectrum-token_homogeneity-0"] .main-svg')
+
+    def headings() -> list[str]:
+        names = ("participation_ratio", "token_homogeneity")
+        return [page.locator(f"#figure-spectrum-{name}-0 h4 small").text_content() for name in names]
+
+    assert headings() == ["covariance", "centred"]
+    page.locator("#spectrum input[value=correlation] + span").click()
+    assert headings() == ["correlation", "centred"]
+    page.locator("#spectrum input[value=raw] + span").click()
+    assert headings() == ["correlation", "raw"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_numbers_of_a_figure_have_its_whole_width(opened: Callable[..., Tab], report: Path) -> None:
+    page = opened(report).ready()
+    figure = page.locator("#figure-probes-probe_accuracy-0")
+    figure.locator("summary").click()
+    plot, table = (figure.locator(part).bounding_box() for part in (".plot", ".scroll"))
+    assert table["width"] > 0.95 * plot["width"]
 
 
 def test_print_is_light_and_leaves_the_theme(opened: Callable[..., Tab], report: Path, tmp_path: Path) -> None:

@@ -72,12 +72,26 @@ def test_side_by_side(pair, tmp_path, capsys):
         ("probe_drop[shape] > 0.06", 0, "not met"),
         ("gap@0 > 2", 0, "not met"),
         ("delta gap < 0", 0, "not met"),
-        ("delta gap > 0.05", 1, "with PRe, gap at layer 2: met, 0.1"),
+        ("delta gap > 0.05", 1, "with PRe, gap (centred) at layer 2: met, +0.1"),
     ],
 )
 def test_conditions_give_the_exit_status(pair, capsys, condition, status, said):
     assert cli.main(["compare", *pair, "--fail-if", condition]) == status
     assert said in capsys.readouterr().out
+
+
+def test_every_pruning_is_judged_and_named(pair, capsys):
+    """The fewer tokens are kept, the less is read; the condition is about the fewest, which comes last."""
+    rows = [
+        Measurement("probe_accuracy_pruned", value, 2, value - 0.1, value + 0.1, 60, target="texture", variant=kept)
+        for value, kept in ((0.8, "attention, 50% after layer 1"), (0.5, "random, 25% after layer 1"))
+    ]
+    RunDirectory.open(pair[0]).write_rows([*RunDirectory.open(pair[0]).read_rows(), *rows])
+    assert cli.main(["compare", pair[0], "--fail-if", "probe_accuracy_pruned < 0.65"]) == 1
+    said = capsys.readouterr().out
+    name = "base, probe_accuracy_pruned[texture]"
+    assert f"{name} (attention, 50% after layer 1) at layer 2: not met, 80.0 % [70.0, 90.0]" in said
+    assert f"{name} (random, 25% after layer 1) at layer 2: met, 50.0 % [40.0, 60.0]" in said
 
 
 def test_one_run_alone_can_be_judged(pair, capsys):
@@ -107,6 +121,22 @@ def test_several_seeds(tmp_path, capsys):
     assert found["seeds"].high - found["seeds"].low == pytest.approx(2 * 4.3027 * 0.01 / np.sqrt(3), rel=1e-3)
     assert 0.01 < found["images"].high - found["images"].low < 0.06
     assert "base" in capsys.readouterr().out
+
+
+def test_an_arm_of_unknown_training_seeds_is_not_one_seed_and_names_all_its_runs(tmp_path, capsys):
+    """As models that were not trained here: what is known is the seed of the diagnosis, the same in all."""
+    runs = []
+    for label in ("base", "pre"):
+        for number in range(3):
+            run = write_run(tmp_path / f"{label}{number}", label, 0.5 + 0.1 * number, (0.1, 0.05, 0.15), number)
+            RunDirectory.open(run).update(training_seed=None, seed=0, command=f"keepsight diagnose {label}{number}")
+            runs.append(str(run))
+    assert cli.main(["compare", *runs, "--out", str(tmp_path / "page.html")]) == 0
+    assert "one seed" not in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"{tmp_path / 'base0'}, {tmp_path / 'base1'}, {tmp_path / 'base2'}" in page
+    assert "keepsight diagnose pre0\nkeepsight diagnose pre1\nkeepsight diagnose pre2" in page
+    assert "<small>seed " not in page
 
 
 @pytest.mark.parametrize(
@@ -145,7 +175,7 @@ def test_a_difference_is_between_the_middle_layers_of_models_of_other_depths(pai
         ]
     )
     assert cli.main(["compare", pair[0], str(deep.path), "--fail-if", "delta probe_drop > 0.05"]) == 1
-    assert "deep, probe_drop[texture] at layer 3: met, 20.0 % [8.8, 31.2]" in capsys.readouterr().out
+    assert "deep, probe_drop[texture] at layer 3: met, +20.0 points [8.8, 31.2]" in capsys.readouterr().out
     assert cli.main(["compare", pair[0], str(deep.path), "--fail-if", "delta cka > 0.05"]) == 2
     assert "the first run, 'base', has no 'cka' there, so there is no difference from it" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,10 @@ def test_what_is_missing_is_named(base: LoadedRun, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'it is not installed: pip install "keepsight\[figures\]"'):
         getattr(Diagnosis(list(base.rows), {**base.info, "label": "mine"}), call)()
+
+
+def test_the_extra_holds_what_the_readme_calls() -> None:
+    """`result.frame().to_parquet` needs an engine that pandas itself does not bring."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {requirement.partition(">=")[0] for requirement in project["optional-dependencies"]["figures"]}
+    assert named == {"matplotlib", "pandas", "pyarrow"}

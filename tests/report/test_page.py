@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from keepsight.report import build, verdict
+from keepsight.report.curves import open_runs
+from keepsight.report.metrics import SECTIONS
+from keepsight.report.panels import draw_section
 from keepsight.results import Example, LoadedRun, Measurement, RunDirectory, StorageError
-from tests.report.sample import sample_run
+from tests.report.sample import sample_run, with_spectra
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"'{{7*7}} %{y} &amp;"
 
@@ -136,6 +139,31 @@ def test_selectors_offer_what_the_rows_hold(page: Page) -> None:
     assert {(view["variant"], view["tokens"]) for view in views} == {
         (variant, tokens) for variant in ("centred", "raw") for tokens in ("all", "without sinks")
     }
+
+
+def test_variants_that_no_figure_shares_have_selectors_of_their_own(base: LoadedRun, tmp_path: Path) -> None:
+    """Covariance or correlation of the spectrum, raw or centred homogeneity: neither is a choice for the other."""
+    page = Page(build([with_spectra(base)], tmp_path / "report.html").read_text(encoding="utf-8"))
+    offered: dict[str, list[tuple[str, bool]]] = {}
+    for _, radio in page.tags:
+        if radio.get("data-select") == "variant" and "spectrum" in radio["name"]:
+            offered.setdefault(radio["name"], []).append((radio["value"], "checked" in radio))
+    assert sorted(offered.values()) == [
+        [("centred", True), ("raw", False)],
+        [("covariance", True), ("correlation", False)],
+    ]
+
+
+def test_a_null_of_several_variants_is_named_once(base: LoadedRun) -> None:
+    rows = [
+        Measurement("gap", 0.5, layer=0, variant=variant)
+        for null in ("", ", random weights")
+        for variant in (f"raw{null}", f"centred{null}")
+    ]
+    (section,) = (one for one in SECTIONS if one.id == "structure")
+    drawn = draw_section(open_runs([dataclasses.replace(base, rows=rows)]), section)
+    assert drawn is not None
+    assert drawn.controls == ["random weights"]
 
 
 def test_a_layer_without_a_value_is_a_gap_with_its_reason(page: Page) -> None:

@@ -144,6 +144,16 @@ def test_pictures_without_labels_and_masks_are_judged_by_fidelity() -> None:
     assert "fidelity" not in verdict([run("a", [*one.rows, gap(0.5, 0.04)]), run("b", [fidelity(0.8), gap(0.6, 0.04)])])
 
 
+def test_where_nothing_was_measured_the_rows_say_why() -> None:
+    labels = Measurement("probe_accuracy", None, note="no labels: pictures in one flat folder have no classes")
+    masks = Measurement("gap", None, variant="raw", note="no masks were given")
+    few = Measurement("fidelity", None, note="3 images are too few to train, tune and score on")
+    assert verdict([run("x", [few, masks, labels])]) == (
+        "Nothing can be said by the middle layer (4 of 8) of x: no labels: pictures in one flat folder have no "
+        "classes; no masks were given; 3 images are too few to train, tune and score on."
+    )
+
+
 def test_sinks_that_decide_otherwise_are_said() -> None:
     base = [gap(0.50, 0.03), gap(0.50, 0.03, tokens="without sinks")]
     pre = [gap(0.60, 0.04), gap(0.51, 0.04, tokens="without sinks")]
@@ -205,3 +215,8 @@ def test_a_number_that_rounds_to_zero_has_no_minus() -> None:
     base = run("a", [probe(0.80001, 0.03)])
     pre = run("b", [probe(0.80000, 0.04)])
     assert "texture 0.0 points" in verdict([base, pre])
+
+
+def test_ends_that_round_to_zero_have_no_minus() -> None:
+    base, pre = (run(label, [gap(value, 0.0002)]) for label, value in (("a", 0.5), ("b", 0.5)))
+    assert "gap 0.000 [0.000, 0.000]" in verdict([base, pre])

@@ -190,6 +190,35 @@ class TestArms:
             (expected.value, expected.low, expected.high), abs=1e-6
         )
 
+    def test_over_images_that_only_some_of_the_runs_have(self):
+        """As the test pictures of probes of other seeds: the interval is about the mean of the runs, by hand."""
+        x, y = np.random.default_rng(0).normal(size=(2, 40))
+        x[30:], y[:20] = np.nan, np.nan  # 30 and 20 pictures, 10 of them in both
+        y += 5
+        means = np.nanmean(x), np.nanmean(y)
+        runs = [run_of("a", x, 0), run_of("a", y, 1)]
+        runs = [
+            LoadedRun("a", [Measurement("gap", mean, variant="raw", layer=4, n=n)], run.info, per_image=run.per_image)
+            for run, mean, n in zip(runs, means, (30, 20), strict=True)
+        ]
+        (row,) = pool(runs, over="images").rows
+        influence = np.nan_to_num((x - means[0]) / 30) + np.nan_to_num((y - means[1]) / 20)
+        half = stats.t.ppf(0.975, 39) * np.sqrt(40 / 39 * (influence**2).sum()) / 2
+        assert row.value == pytest.approx(np.mean(means))
+        assert (row.low, row.high) == pytest.approx((row.value - half, row.value + half), abs=1e-5)
+
+    @pytest.mark.parametrize("over", ["seeds", "images"])
+    def test_seeds_that_agree_are_not_certain(self, over):
+        """5 of 6 right with either seed, and 6 of 6: an interval without width would tell the two apart for sure."""
+        arms_of = [
+            pool([run_of(label, np.full(40, share), seed) for seed in (0, 1)], over=over)
+            for label, share in (("a", 5 / 6), ("b", 1.0))
+        ]
+        before, after = (arm.rows[0] for arm in arms_of)
+        assert (before.value, before.low, before.high) == (pytest.approx(5 / 6), None, None)
+        assert before.note.endswith(f"; no interval: all {over} agree")
+        assert not difference(before, after).told
+
     def test_a_value_that_one_run_lacks(self):
         runs = [run_of("a", np.arange(40.0), i) for i in (0, 1)]
         lacking = LoadedRun(

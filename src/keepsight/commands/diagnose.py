@@ -38,7 +38,11 @@ class DiagnoseConfig:
         prune_layer: the layer after which they are dropped.
         prune_by: which are kept: "attention", "random" or "uniform", as in `keepsight evaluate`.
         split_components: count each connected part of a mask's value as an object (for semantic masks).
+        exact: take all tokens where the default takes a seeded sample (spectrum, fidelity, lens). They go to the
+            temporary folder: 4 bytes · layers · width a token.
         device: "auto" (a GPU if there is one), "cpu", "cuda", …
+        device_map: for models larger than one device: "auto" spreads the weights over all GPUs and, where these are too
+            few, memory; others as transformers takes them. null = all on `device`. Needs accelerate.
         dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code that comes with the checkpoint. Off unless you know its author.
         keep_features: folder for what is taken from the model, to go on from after a stop, or to diagnose again with
@@ -61,6 +65,7 @@ class DiagnoseConfig:
     seed: int = 0
     skip_broken: bool = False
     split_components: bool = False
+    exact: bool = False
     metrics: str = "default"
     nulls: str = "none"
     initial: str | None = None
@@ -68,6 +73,7 @@ class DiagnoseConfig:
     prune_layer: int = 2
     prune_by: Literal["attention", "random", "uniform"] = "attention"
     device: str = "auto"
+    device_map: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     keep_features: str | None = None
@@ -127,12 +133,14 @@ def main(arguments: Sequence[str]) -> None:
     labels = None
     if config.labels:
         labels = read_labels(config.labels, images, config.masks, config.mask_format, config.mask_suffix)
-    model, processor = load_model(config.model, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
-    model.to(device)
-    first = None
-    if config.initial:
-        first, _ = load_model(config.initial, trust_remote_code=config.trust_remote_code, dtype=config.dtype)
-        first.to(device)
+
+    def load(name: str) -> tuple[Any, Any]:
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
+        found, beside = load_model(name, device_map=config.device_map, **options)
+        return found if config.device_map else found.to(device), beside
+
+    model, processor = load(config.model)
+    first = load(config.initial)[0] if config.initial else None
     trained = training_run(Path(model_folder(config.model)))
     label = config.label or trained.get("label") or Path(config.model).resolve().name
     result = diagnose(
@@ -150,6 +158,7 @@ def main(arguments: Sequence[str]) -> None:
         seed=config.seed,
         skip_broken=config.skip_broken,
         split_components=config.split_components,
+        exact=config.exact,
         metrics=metrics,
         nulls=nulls,
         initial=first,

@@ -12,19 +12,19 @@ from keepsight.diagnosis.collect.batches import Loader
 from keepsight.diagnosis.collect.passes import device_of, forward
 from keepsight.diagnosis.probes.probe import fit_probes, wilson
 from keepsight.diagnosis.progress import tracked
-from keepsight.diagnosis.summary import too_small
+from keepsight.diagnosis.summary import too_few, too_small
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.vlm import Vlm
 from keepsight.vlm.pruning import Pruning, pruned
 
 
 def check_prunings(vlm: Vlm, prunings: Iterable[Pruning]) -> tuple[Pruning, ...]:
-    """Those asked for.
+    """Those asked for, each once.
 
     Raises:
         ValueError: one that keeps nothing, of which a probe could read nothing; or a layer that does not exist.
     """
-    given = tuple(prunings)
+    given = tuple(dict.fromkeys(prunings))
     for pruning in given:
         if pruning.keep == 0:
             raise ValueError("a pruning keeps no visual token, so there is nothing to probe; give keep above 0")
@@ -62,7 +62,7 @@ def pruning_rows(
             left_out = too_small(values, done)
             chosen = [i for i, at in enumerate(done) if values[at] is not None and values[at] not in left_out]
             names = [str(values[done[i]]) for i in chosen]
-            if len(set(names)) < 2 or len(names) < 5:
+            if too_few(names):
                 continue  # `probe_accuracy` says why
             features = {layer: pooled[layer][chosen] for layer in layers}
             probe = fit_probes(features.__getitem__, layers, names, seed=seed, device=device_of(vlm))

@@ -72,8 +72,8 @@ def diagnose(
         prompt: the text after the picture; causal models never see it, as the forward stops after the picture.
         skip_broken: leave pictures out that cannot be read, and count them.
         split_components: make objects of the connected parts of each mask value.
-        exact: take all tokens where the default takes a seeded sample (spectrum, fidelity). They go to the temporary
-            folder: 4 bytes · layers · width a token.
+        exact: take all tokens where the default takes a seeded sample (spectrum, fidelity, lens). They go to the
+            temporary folder: 4 bytes · layers · width a token.
         calibration_images: size of the seeded subset that fixes mean, sinks and channels of each layer; one in
             64 pictures unless given, but 8 to 32.
         metrics: which groups of numbers: "probes", "structure", "objects", "bleeding", "spectrum", "fidelity", "lens",

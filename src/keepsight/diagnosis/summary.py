@@ -153,7 +153,7 @@ def target_rows(
                 f"{len(small)} of {len(kept)} classes left out ({listed}): broken pictures leave fewer than two of each"
             )
             rows.append(Measurement("probe_classes_left_out", None, target=target, seed=seed, note=why))
-        if len(set(names)) < 2 or max(Counter(names).values()) < 3:
+        if too_few(names):
             why = "broken pictures leave fewer than two classes of two pictures, one of them of three"
             rows.append(Measurement("probe_accuracy", None, target=target, seed=seed, note=why))
             continue
@@ -184,6 +184,11 @@ def too_small(values: Sequence[str | None], done: Sequence[int]) -> list[str]:
     """The classes of a label set of which the pictures in `done` hold fewer than two."""
     counts = Counter(values[index] for index in done)
     return sorted({str(value) for value in values if value is not None and counts[value] < 2})
+
+
+def too_few(names: Sequence[str]) -> bool:
+    """Whether classes of two pictures each, or more, are too few for a probe: see `stratified_split`."""
+    return len(set(names)) < 2 or max(Counter(names).values()) < 3
 
 
 def missing_structure(

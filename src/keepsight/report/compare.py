@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 
 from keepsight.report.curves import Run, Series, apart, open_runs
 from keepsight.report.findings import difference
-from keepsight.report.metrics import write_interval, write_number
+from keepsight.report.metrics import write_difference, write_interval, write_number
 from keepsight.results import LoadedRun, Measurement
 from keepsight.results.arms import Over, pool
 from keepsight.results.gate import Condition, verdict
 from keepsight.results.intervals import Estimate
 from keepsight.results.trend import ATTRIBUTION
+
+PRUNED = ("probe_accuracy_pruned",)  # metrics whose variants tell what was done to the model
 
 
 def differences(arms: Sequence[Sequence[LoadedRun]]) -> list[Measurement]:
@@ -80,21 +82,24 @@ def judge(condition: Condition, runs: Sequence[LoadedRun]) -> tuple[str, list[st
                 found = difference(base, before, run, row)
             outcome = condition.judge(found)
             judged.append(outcome)
-            told.append(_told(run, row, found, outcome))
+            told.append(_told(run, row, found, outcome, condition.delta))
     if not judged:
         raise ValueError(_lacking(condition, base, judging))
     return verdict(judged), told
 
 
 def _rows(condition: Condition, run: Run) -> Iterator[tuple[Series, Measurement]]:
-    """The numbers that a condition is about: the headline variant of each target, at one layer."""
+    """The numbers that a condition is about: the headline variant of each target, or each pruning, at one layer."""
     for target in dict.fromkeys(series.target for series in run.select(condition.metric)):
-        series = run.headline(condition.metric, target)
-        if series is None or condition.target not in (None, target):
+        headline = run.headline(condition.metric, target)
+        if headline is None or condition.target not in (None, target):
             continue
-        curve = run.curves[series]
-        if (row := curve.get(_layer(condition, run, curve))) is not None:
-            yield series, row
+        # Prunings are no variants of one number: none of them stands for the others.
+        alike = [s for s in run.select(condition.metric) if s.target == target] if condition.metric in PRUNED else []
+        for series in alike or [headline]:
+            curve = run.curves[series]
+            if (row := curve.get(_layer(condition, run, curve))) is not None:
+                yield series, row
 
 
 def _layer(condition: Condition, run: Run, curve: Collection[int | None]) -> int | None:
@@ -127,13 +132,15 @@ def _lacking(condition: Condition, base: Run, runs: Sequence[Run]) -> str:
     return f"no run has {name}; the metrics are {', '.join(known)}"
 
 
-def _told(run: Run, row: Measurement, found: Estimate, outcome: str) -> str:
+def _told(run: Run, row: Measurement, found: Estimate, outcome: str, delta: bool) -> str:
     if found.value is None:
         return f"{run.label}, {_name(row)}: {outcome}, no value ({row.note or found.note})"
     interval = write_interval(row.metric, found.low, found.high) or "without an interval"
-    return f"{run.label}, {_name(row)}: {outcome}, {write_number(row.metric, found.value)} {interval}"
+    number = write_difference(row.metric, found.value, None, None) if delta else write_number(row.metric, found.value)
+    return f"{run.label}, {_name(row)}: {outcome}, {number} {interval}"
 
 
 def _name(row: Measurement) -> str:
     place = "" if row.layer is None else f" at layer {row.layer}"
-    return row.metric + (f"[{row.target}]" if row.target else "") + place
+    variant = f" ({row.variant})" if row.variant else ""
+    return row.metric + (f"[{row.target}]" if row.target else "") + variant + place

@@ -208,7 +208,8 @@ def write_interval(name: str, low: float | None, high: float | None) -> str:
         return ""
     shown = metric(name)
     scale, digits = (100, 1) if shown.percent else (1, shown.digits)
-    return _typographic(f"[{scale * low:.{digits}f}, {scale * high:.{digits}f}]")
+    ends = (_typographic(f"{scale * end:.{digits}f}") for end in (low, high))
+    return f"[{', '.join(ends)}]"
 
 
 def write_value(row: Measurement) -> str:

@@ -55,20 +55,31 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A selector of variants: those of figures that share some, best first; `title` names the figures where others
+    have a selector of their own."""
+
+    title: str
+    variants: list[str]
+
+
+@dataclass(frozen=True)
 class Figures:
     """A section with everything it draws, and what its selectors offer."""
 
     section: Section
     groups: list[Group]
     more: list[Group]  # folded away
-    variants: list[str]
+    choices: list[Choice]
     tokens: list[str]
 
     @property
     def controls(self) -> list[str]:
         """Names of the thin dotted lines, in the order of their first figure."""
         lines = (line for panel in self.panels for view in panel.views for line in view["lines"])
-        return list(dict.fromkeys(line["name"] for line in lines if line["role"] == "control"))
+        names = dict.fromkeys(line["name"] for line in lines if line["role"] == "control")
+        # "raw, random weights" and "centred, random weights" are one control, each beside its own.
+        return list(dict.fromkeys(name.removeprefix(f"{control_of(name)}, ") for name in names))
 
     @property
     def panels(self) -> list[Panel]:
@@ -99,12 +110,28 @@ def draw_section(runs: Sequence[Run], section: Section) -> Figures | None:
     order = [group for group in (NEVER_ASKED, ASKED) if group in grouped]
     order += [group for group in grouped if group not in order]
     groups = [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
-    views = [view for group in (*groups, *more) for panel in group.panels for view in panel.views]
-    variants = {view["variant"] for view in views if view["variant"]}
-    tokens = dict.fromkeys(view["tokens"] for view in views)
-    ranked = [variant for variant in PREFERRED_VARIANTS if variant in variants]
-    variants_offered = ranked + sorted(variants - set(ranked))
-    return Figures(section, groups, more, variants_offered, sorted(tokens, key=lambda item: item != "all"))
+    panels = [panel for group in (*groups, *more) for panel in group.panels]
+    tokens = dict.fromkeys(view["tokens"] for panel in panels for view in panel.views)
+    return Figures(section, groups, more, _choices(panels), sorted(tokens, key=lambda item: item != "all"))
+
+
+def _choices(panels: Sequence[Panel]) -> list[Choice]:
+    """A selector for each set of figures that have variants in common: no choice may be one that few figures know."""
+    found: list[tuple[set[str], list[str]]] = []
+    for panel in panels:
+        variants, titles = {view["variant"] for view in panel.views} - {""}, [metric(panel.metric).title]
+        for other in [item for item in found if item[0] & variants]:
+            found.remove(other)
+            variants, titles = variants | other[0], other[1] + titles
+        found.append((variants, titles))
+    offered = [(variants, titles) for variants, titles in found if len(variants) > 1]
+    most = max((len(titles) for _, titles in offered), default=0)
+    choices = []
+    for variants, titles in offered:
+        ranked = [variant for variant in PREFERRED_VARIANTS if variant in variants]
+        title = "Variant" if len(titles) == most else ", ".join(dict.fromkeys(titles))
+        choices.append(Choice(title, ranked + sorted(variants - set(ranked))))
+    return sorted(choices, key=lambda choice: choice.title != "Variant")
 
 
 def _layered_targets(runs: Sequence[Run], name: str) -> list[str]:

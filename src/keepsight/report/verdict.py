@@ -58,7 +58,7 @@ def _one(run: Run) -> str:
     if not found and not run.depth and (texts := _answered(run)):
         return f"{run.label} answers right: {', '.join(texts)}"
     if not valued:
-        reason = _nothing(found) if found else "its rows hold no probe drop, patch gap or fidelity at layer 0 and there"
+        reason = _nothing(found) if found else _lacking(run)
         return f"Nothing can be said {place}: {reason}"
     told = [finding for finding in valued if finding.told]
     if not told:
@@ -153,6 +153,13 @@ def _nothing(found: Sequence[Finding]) -> str:
     if len(found) == 1:
         return found[0].text
     return f"{found[0].label}: {found[0].text}; nor of {len(found) - 1} more"
+
+
+def _lacking(run: Run) -> str:
+    """Why there is nothing to find, as the rows that stand for whole metrics tell it."""
+    rows = [run.at(series, None) for metric in ("probe_accuracy", "gap", "fidelity") for series in run.select(metric)]
+    notes = dict.fromkeys(row.note for row in rows if row and row.value is None)
+    return "; ".join(notes) or "its rows hold no probe drop, patch gap or fidelity at layer 0 and there"
 
 
 def _no_interval(found: Sequence[Finding]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from keepsight.results.intervals import mean_interval
+from keepsight.results.intervals import Estimate, mean_interval
 from keepsight.results.loaded import LoadedRun
 from keepsight.results.measurement import Key, Measurement
 from keepsight.results.per_image import PerImage
@@ -32,7 +32,7 @@ def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:
         over: what the intervals are over. "seeds": a t-interval over the runs' values, which is what a claim about a
             training recipe needs; two arms whose runs have the same training seeds are compared in pairs. "images": a
             t-interval over what each picture adds on average over the runs, which says nothing of other seeds; numbers
-            not kept by picture have none.
+            not kept by picture have none. Nor have numbers that are the same in all.
 
     Raises:
         ValueError: two runs are of the same weights, or differ in depth, width or the layer of PRe.
@@ -58,8 +58,23 @@ def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:
     values = np.array([[_number(rows[key].value) for rows in indexed] for key in keys]).reshape(len(keys), len(runs))
     kept = PerImage(_seed_names(runs), keys, values) if over == "seeds" else _average(runs)
     pooled = [_row(indexed[0][key], key, row, kept, over, len(runs)) for key, row in zip(keys, values, strict=True)]
-    seeds = sorted({seed for run in runs if (seed := training_seed(run)) is not None})
-    return replace(first, rows=pooled, info={**first.info, "seeds": seeds}, per_image=kept, answers=())
+    return replace(first, rows=pooled, info={**first.info, **_origin(runs)}, per_image=kept, answers=())
+
+
+def _origin(runs: Sequence[LoadedRun]) -> dict[str, Any]:
+    """What run.json would tell of an arm: the seeds, none where they are not known of all, and every run's weights and
+    command."""
+    told = [{**(run.info.get("model") or {}), "command": run.info.get("command")} for run in runs]
+    names, weights, commands = (
+        list(dict.fromkeys(str(one[fact]) for one in told if one.get(fact)))
+        for fact in ("name", "fingerprint", "command")
+    )
+    seeds = [training_seed(run) for run in runs]
+    return {
+        "seeds": [] if None in seeds else sorted({seed for seed in seeds if seed is not None}),
+        "model": {"name": ", ".join(names), "fingerprint": ", ".join(weights)},
+        "command": "\n".join(commands),
+    }
 
 
 def training_seed(run: LoadedRun) -> int | None:
@@ -76,26 +91,48 @@ def _row(row: Measurement, key: Key, values: np.ndarray, kept: PerImage | None, 
     note = f"mean of {n} seeds, interval over {over}" + ("" if row.n is None else f"; {row.n} {row.unit} each")
     if over == "seeds":
         row = replace(row, n=n, unit="seeds")
-        found = mean_interval(values)
     else:
-        found = mean_interval(kept.of(key) if kept and key in kept else np.empty(0))
+        values = kept.of(key) if kept and key in kept else np.empty(0)
+        values = values[~np.isnan(values)]
+    found = mean_interval(values)
+    if len(values) > 1 and np.ptp(values) == 0:
+        # Two seeds with as many right of a few test pictures: no spread was seen, and the interval would claim none.
+        found, note = Estimate(mean), f"{note}; no interval: all {over} agree"
     return replace(row, value=mean, low=found.low, high=found.high, note=note, seed=None)
 
 
 def _average(runs: Sequence[LoadedRun]) -> PerImage | None:
-    """What each picture adds on average, over the pictures and numbers that all runs hold."""
-    kept = [run.per_image for run in runs]
-    first = kept[0]
-    if first is None or None in kept:
+    """What each picture adds to the mean over the runs, of the numbers that all of them keep by picture."""
+    kept = [run.per_image for run in runs if run.per_image is not None]
+    if len(kept) < len(runs):
         return None
-    images = [name for name in first.images if all(item is not None and name in item.images for item in kept)]
-    keys = [key for key in first.keys if all(item is not None and key in item for item in kept)]
-    columns = [[list(item.images).index(name) for name in images] for item in kept if item is not None]
-    rows = [
-        np.mean([item.of(key)[column] for item, column in zip(kept, columns, strict=True) if item is not None], axis=0)
-        for key in keys
-    ]
-    return PerImage(images, keys, np.array(rows).reshape(len(keys), len(images)))
+    place = {name: number for number, name in enumerate(dict.fromkeys(name for item in kept for name in item.images))}
+    columns = [np.array([place[name] for name in item.images], dtype=np.int64) for item in kept]
+    keys = [key for key in kept[0].keys if all(key in item for item in kept)]
+    rows = [_shares([item.of(key) for item in kept], columns, len(place)) for key in keys]
+    return PerImage(list(place), keys, np.array(rows).reshape(len(keys), len(place)))
+
+
+def _shares(values: Sequence[np.ndarray], columns: Sequence[np.ndarray], n: int) -> np.ndarray:
+    """[n], what each picture adds to the mean of several means; NaN for pictures in none of them.
+
+    Of means over the same pictures it is the mean of what the picture adds to each. They need not be: the test
+    pictures of a probe follow its seed. So it is made of the picture's influence on each, and averages to their mean
+    all the same.
+
+    Args:
+        values: of each run, NaN for a picture without one; columns: which of the n pictures these are.
+    """
+    centre, moved, known = 0.0, np.zeros(n), np.zeros(n, dtype=bool)
+    for each, where in zip(values, columns, strict=True):
+        defined = ~np.isnan(each)
+        if not defined.any():
+            return np.full(n, np.nan)
+        own = each[defined].mean()
+        moved[where[defined]] += (each[defined] - own) / defined.sum()
+        known[where[defined]] = True
+        centre += own
+    return np.where(known, (centre + known.sum() * moved) / len(values), np.nan)
 
 
 def _seed_names(runs: Sequence[LoadedRun]) -> list[str]:

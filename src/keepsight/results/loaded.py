@@ -28,10 +28,11 @@ class LoadedRun:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds behind the numbers: `seeds` of run.json, else those of the rows, else its `seed`."""
+        """The seeds behind the numbers: `seeds` of run.json (none if they are not known), else those of the rows, else
+        its `seed`."""
         listed = self.info.get("seeds")
-        if not listed:
+        if listed is None:
             listed = {row.seed for row in self.rows if row.seed is not None}
-        if not listed and self.info.get("seed") is not None:
-            listed = [self.info["seed"]]
+            if not listed and self.info.get("seed") is not None:
+                listed = [self.info["seed"]]
         return sorted(listed)

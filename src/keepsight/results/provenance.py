@@ -48,6 +48,8 @@ def fingerprint(model: "torch.nn.Module | Mapping[str, torch.Tensor]") -> str:
     digest = hashlib.sha256()
     state = model.state_dict() if isinstance(model, torch.nn.Module) else model
     for name, tensor in sorted(state.items()):
+        if tensor.is_meta and isinstance(model, torch.nn.Module):
+            tensor = _elsewhere(model, name)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         if flat.numel():
@@ -55,3 +57,14 @@ def fingerprint(model: "torch.nn.Module | Mapping[str, torch.Tensor]") -> str:
             sample = flat[::stride].cpu().contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _elsewhere(model: "torch.nn.Module", name: str) -> "torch.Tensor":
+    """A weight that accelerate keeps in memory or on disk until its module runs (`device_map`)."""
+    owner, _, leaf = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        if getattr(each, "weights_map", None) is not None:
+            found: torch.Tensor = each.weights_map[leaf]
+            return found
+    raise ValueError(f"the weight '{name}' is on no device, so the model cannot be told from others; load it in full")

@@ -57,7 +57,7 @@ class Pruning:
             )
 
     def __str__(self) -> str:
-        return f"{self.by}, {self.keep:.0%} after layer {self.layer}"
+        return f"{self.by}, {100 * self.keep:.6g}% after layer {self.layer}"
 
 
 class Pruned:
@@ -125,12 +125,13 @@ class Pruned:
                     "window), so visual tokens cannot be followed there; pruning is not measured on it"
                 )
             scores[..., :length] = scores[..., :length].masked_fill(
-                self.hidden[:, None, None, :], torch.finfo(scores.dtype).min
+                self.hidden[:, None, None, :].to(scores.device), torch.finfo(scores.dtype).min
             )
         weights = scores.softmax(dim=-1, dtype=torch.float32)
         if index == self.pruning.layer - 1 and query.shape[2] > 1 and self.pruning.by == "attention":
+            assert self.visual is not None
             # The last token of every prompt: batches are padded on the left.
-            self.hidden = self._choose(weights[:, :, -1].mean(dim=1))
+            self.hidden = self._choose(weights[:, :, -1].mean(dim=1).to(self.visual.device))
         weights = nn.functional.dropout(weights.to(query.dtype), dropout, module.training)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 

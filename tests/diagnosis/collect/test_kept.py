@@ -6,8 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from keepsight.diagnosis import diagnose
+from keepsight.images import ImageError
 from keepsight.vlm import Vlm
-from tests.diagnosis.world import plant_sinks, tiny_llava, write_world
+from tests.diagnosis.world import picture, plant_sinks, tiny_llava, write_world
 
 METRICS = ("probes", "structure", "spectrum", "fidelity")
 
@@ -73,6 +74,36 @@ def test_other_labels_need_no_forward(parts, world, tmp_path, forwards):
     assert {row.target for row in found.rows} >= {"odd"}
     assert "class" not in {row.target for row in found.rows}
     run(parts, world, tmp_path / "kept", metrics=["probes"])  # less than what is kept
+
+
+def test_a_stop_at_a_broken_picture_goes_on_without_it(parts, tmp_path, forwards):
+    """As the error advises: the batches before it are not run again, and the numbers are those of doing so at once."""
+    world = write_world(tmp_path / "world", per_class=5)
+    broken = sorted(world[0].rglob("*.png"))[-1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    settings = {"seed": 0}  # of which the calibration's pictures are whole
+    whole = run(parts, world, None, skip_broken=True, **settings)
+    forwards["count"] = 0
+    with pytest.raises(ImageError, match=r"pass skip_broken=True \(--skip-broken\) to leave such pictures out"):
+        run(parts, world, tmp_path / "kept", **settings)
+    assert forwards["count"] == 2 + 3
+    forwards["count"] = 0
+    found = run(parts, world, tmp_path / "kept", skip_broken=True, **settings)
+    assert forwards["count"] == 1
+    assert found.rows == whole.rows
+    assert found.info["counts"]["skipped images"] == 1
+    with pytest.raises(ValueError, match="skip_broken: True → False"):
+        run(parts, world, tmp_path / "kept", **settings)
+
+
+def test_masks_given_as_lists_are_told_apart(parts, tmp_path):
+    pictures = [picture("red", seed) for seed in range(3)]
+    images, masks = [image for image, _ in pictures], [mask.tolist() for _, mask in pictures]
+    settings = {"layers": [0], "metrics": ["structure"], "progress": False, "keep_features": tmp_path / "kept"}
+    first = diagnose(*parts, images, masks=masks, **settings)
+    assert diagnose(*parts, images, masks=masks, **settings).rows == first.rows
+    with pytest.raises(ValueError, match="pictures were other ones"):
+        diagnose(*parts, images, masks=[[[0] * 32] * 32, *masks[1:]], **settings)
 
 
 def test_what_does_not_fit_is_named(parts, world, tmp_path):

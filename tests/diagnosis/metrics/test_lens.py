@@ -126,6 +126,24 @@ def test_a_head_that_always_says_the_same_is_silent(world):
     assert rows["silencing", 3].n == 6
 
 
+def test_exact_looks_at_every_token(world):
+    """Twelve pictures of 64 patches: three times what the default looks at; in blocks as at once."""
+    model, processor = tiny_llava()
+    options = {"metrics": ["lens"], "layers": [2], "progress": False}
+    rows = {row.metric: row for row in diagnose(model, processor, world, exact=True, **options).rows}
+    assert rows["silencing"].note.startswith("768 tokens; ")
+    norm, head = model.model.language_model.norm, model.lm_head
+    means = []
+    with torch.no_grad():
+        for path in sorted(world.rglob("*.png")):
+            logits = head(norm(states_alone(model, processor, Image.open(path).convert("RGB"))[2]))
+            means.append(torch.distributions.Categorical(logits=logits).entropy().mean() / np.log(logits.shape[1]))
+    assert rows["lens_entropy"].value == pytest.approx(float(torch.stack(means).mean()), abs=1e-5)
+    assert rows["lens_entropy"].n == 12
+    default = diagnose(model, processor, world, **options).rows
+    assert next(row.note for row in default if row.metric == "lens_entropy") == "256 tokens"
+
+
 @torch.no_grad()
 def test_maps_keep_what_each_patch_would_say(world):
     """At every layer of every shown picture, against the head on the model's own hidden states."""

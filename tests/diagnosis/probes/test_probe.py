@@ -66,6 +66,16 @@ def test_equals_scikit_learn_in_objective_and_predictions(n, d, signal, grid):
                 assert accuracy == pytest.approx(expected, abs=2.5 / n)  # the odd tie may fall the other way
 
 
+def test_two_classes_are_scikit_learns_at_half_the_strength():
+    """There one vector w of weights, here ±w/2, whose penalty is half of its."""
+    x, y = features(1, 120, 20, 2, 0.05)
+    z = standardise(x, np.arange(120))
+    for found in solve(z, y[None], torch.tensor(GRID), 2, tolerance=1e-7):
+        oracle = LogisticRegression(C=2 / (120 * found.strength), tol=1e-8, max_iter=5000).fit(z[0].double().numpy(), y)
+        ours = found.weights[0, 0, 1] - found.weights[0, 0, 0]
+        torch.testing.assert_close(ours.double(), torch.tensor(oracle.coef_[0]), atol=1e-2, rtol=1e-2)
+
+
 def test_many_problems_together_equal_each_alone():
     x, y = features(3, 80, 20, 3, 0.2)
     z = standardise(x, np.arange(80))

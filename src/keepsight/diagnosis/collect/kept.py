@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
@@ -56,7 +57,11 @@ class Kept:
                 )
             self.taken = {name: bool(there.get(name)) for name in taken}
             wanted |= {name: True for name in taken if self.taken[name]}
-            _compare(folder, there, wanted)
+            # What was kept until a broken picture ended the work holds none: it is what leaving them out would give.
+            laxer = (there.get("skip_broken"), wanted.get("skip_broken")) == (False, True)
+            _compare(folder, there | {"skip_broken": True} if laxer else there, wanted)
+            if laxer:
+                write_file(path, json.dumps(wanted, indent=1))
         elif occupied:
             raise ValueError(f"'{folder}' is not empty and keeps no features of a diagnosis; choose another folder")
         else:
@@ -164,7 +169,9 @@ def _identity(source: Any) -> list[Any]:
             return [str(source)]
         stat = source.stat()
         return [str(source), stat.st_size, stat.st_mtime_ns]
-    return [zlib.crc32(source if isinstance(source, bytes) else memoryview(source.tobytes()))]
+    if not isinstance(source, bytes):
+        source = (np.asarray(source) if isinstance(source, list) else source).tobytes()
+    return [zlib.crc32(source)]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

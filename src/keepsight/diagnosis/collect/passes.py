@@ -212,8 +212,9 @@ def _reason(error: ValueError) -> str:
 
 
 def forward(vlm: Vlm, decoded: Decoded, layers: Sequence[int], sink: Any) -> None:
-    """A forward without LM head and cache that hands each layer's visual tokens to `sink`."""
-    with capture(vlm, layers, sink=sink):
+    """A forward without LM head and cache that hands each layer's visual tokens to `sink`, on `device_of` the model."""
+    device = device_of(vlm)
+    with capture(vlm, layers, sink=lambda layer, tokens: sink(layer, tokens.to(device))):
         vlm.forward_core(**on_device(vlm, decoded))
 
 
@@ -227,4 +228,11 @@ def on_device(vlm: Vlm, decoded: Decoded) -> dict[str, Any]:
 
 
 def device_of(vlm: Vlm) -> torch.device:
-    return next(vlm.core.parameters()).device
+    """Where pictures go in and numbers are computed: of a model on several devices (`device_map`), the first one's.
+
+    Weights that wait elsewhere until they are needed say "meta"; where all do, the model knows where they are run.
+    """
+    given = [parameter.device for parameter in vlm.core.parameters()]
+    here = next((device for device in given if device.type != "meta"), None)
+    run = getattr(getattr(vlm.base, "_hf_hook", None), "execution_device", None)
+    return here or (given[0] if run is None else torch.device(run))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepsight.diagnosis.collect.accumulate import Accumulator
+from keepsight.diagnosis.collect.accumulate import BLOCK, Accumulator
 from keepsight.results import Measurement, PerImageBuilder
 from keepsight.results.intervals import Estimate, mean_interval, ratio_interval, ratio_shares
 from keepsight.vlm import Vlm
@@ -138,7 +138,7 @@ def listed_tokens(
 
 
 class Lens:
-    """The lens at every layer, on a seeded part of the sample of tokens.
+    """The lens at every layer, on a seeded part of the sample of tokens; on all where the sample is exact.
 
     Args:
         read: from `readout`, or the reason why there is none.
@@ -162,7 +162,8 @@ class Lens:
         self.decode = decode
         self.seed = seed
         generator = np.random.default_rng([seed, 9])
-        self.chosen = np.sort(generator.permutation(accumulator.sampled.rows)[:TOKENS])
+        most = None if accumulator.exact else TOKENS
+        self.chosen = np.sort(generator.permutation(accumulator.sampled.rows)[:most])
         self.image = accumulator.sample[0][self.chosen]
         last = len(accumulator.layers) - 1
         middle = [position for position, layer in enumerate(accumulator.layers) if layer == middle_layer]
@@ -178,10 +179,14 @@ class Lens:
             base: dict[str, Any] = {"layer": layer, "seed": self.seed, "note": self.read}
             return [Measurement(name, None, **base) for name in ("silencing", "lens_entropy")]
         known = self.accumulator.calibration[layer]
-        hidden = torch.from_numpy(self.accumulator.sampled.gather(position, self.chosen)).to(known.mean.device)
-        first, evenness, size = top_and_entropy(hidden, self.read)
-        top, entropy = first.cpu().numpy(), evenness.double().cpu().numpy()
-        kept = (torch.linalg.vector_norm(hidden, dim=1) <= known.threshold).cpu().numpy()
+        parts: list[tuple[np.ndarray, ...]] = []
+        for start in range(0, len(self.chosen), BLOCK):
+            rows = self.accumulator.sampled.gather(position, self.chosen[start : start + BLOCK])
+            hidden = torch.from_numpy(rows).to(known.mean.device)
+            first, evenness, size = top_and_entropy(hidden, self.read)
+            ordinary = torch.linalg.vector_norm(hidden, dim=1) <= known.threshold
+            parts.append((first.cpu().numpy(), evenness.double().cpu().numpy(), ordinary.cpu().numpy()))
+        top, entropy, kept = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         found = self._rows(top, entropy, self.image, size, layer, "all")
         if not kept.all():
             top, entropy = top[kept], entropy[kept]
@@ -197,8 +202,8 @@ class Lens:
             part = float((top[~self.listing[image]] == token).mean())
             shown.append(f"{self.decode(token)!r} {100 * part:.0f} %")
         said = f"{len(top)} tokens; {k} of {size} listed" + (f", most frequent: {', '.join(shown)}" if shown else "")
-        owners = np.unique(image)
-        means = np.array([entropy[image == one].mean() for one in owners])
+        owners, where = np.unique(image, return_inverse=True)
+        means = np.bincount(where, entropy) / np.bincount(where)
         common: dict[str, Any] = {"layer": layer, "seed": self.seed, "tokens": tokens}
         note = "; ".join(filter(None, [share.note, said]))
         silent = Measurement("silencing", **share.fields, n=scored, note=note, **common)

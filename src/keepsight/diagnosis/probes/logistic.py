@@ -1,13 +1,14 @@
 """Multinomial logistic regression for many layers and targets at once, along a path of L2 strengths.
 
 Each problem minimises  mean_i −log softmax(x_i W + b)[y_i] + λ/2 |W|²  (the intercept b is free): scikit-learn's
-objective with C = 1 / (nλ), divided by nC. The strengths are taken from the strongest on, and each starts where the
-last solutions lead to over log λ: that is so near that all strengths of a path together take about as many steps as
-the weakest alone from zero. All problems of a strength advance together by L-BFGS in the eigenbasis of each layer's
-Gram matrix. There a diagonal model of the Hessian is good: u·s_j²/n + λ, where s_j² is the eigenvalue and u the mean
-uncertainty p(1 − p) of the present predictions; badly conditioned and separable data are then served alike. What was
-seen of the curvature goes on from strength to strength, less the penalty's share, which is known. Where there are
-fewer pictures than features, the basis has only as many coordinates as pictures; the solution is the same.
+objective with C = 1 / (nλ), divided by nC; of two classes, which it gives one vector of weights, with C = 2 / (nλ).
+The strengths are taken from the strongest on, and each starts where the last solutions lead to over log λ: that is so
+near that all strengths of a path together take about as many steps as the weakest alone from zero. All problems of a
+strength advance together by L-BFGS in the eigenbasis of each layer's Gram matrix. There a diagonal model of the Hessian
+is good: u·s_j²/n + λ, where s_j² is the eigenvalue and u the mean uncertainty p(1 − p) of the present predictions;
+badly conditioned and separable data are then served alike. What was seen of the curvature goes on from strength to
+strength, less the penalty's share, which is known. Where there are fewer pictures than features, the basis has only as
+many coordinates as pictures; the solution is the same.
 """
 
 from __future__ import annotations

@@ -92,11 +92,11 @@
     };
   }
 
-  const chosen = (section, what) => section.querySelector(`input[data-select="${what}"]:checked`)?.value;
+  const chosen = (section, what) => [...section.querySelectorAll(`input[data-select="${what}"]:checked`)].map((input) => input.value);
 
   function pick(panel, section) {
-    const variant = chosen(section, "variant"), tokens = chosen(section, "tokens");
-    const fits = (view) => 2 * (tokens === undefined || view.tokens === tokens) + (variant === undefined || view.variant === variant);
+    const variants = chosen(section, "variant"), tokens = chosen(section, "tokens");
+    const fits = (view) => 2 * (!tokens.length || tokens.includes(view.tokens)) + (!variants.length || variants.includes(view.variant));
     return panel.views.reduce((best, view) => (fits(view) > fits(best) ? view : best));
   }
 
