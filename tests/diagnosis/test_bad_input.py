@@ -155,3 +155,16 @@ def test_states_that_are_no_numbers_are_refused(parts, calibrated):
             diagnose(*parts, pictures, calibration_images=calibrated, layers=[0, 2], progress=False)
     finally:
         hook.remove()
+
+
+def test_too_few_pictures_of_a_class_say_whether_a_limit_is_why_and_what_can_be_measured(parts):
+    pictures, labels = [picture("red", i)[0] for i in range(6)], ["red", "blue"] * 3
+    asked = r"; or measure what needs no classes \(--metrics structure,spectrum,"
+    with pytest.raises(ValueError, match=r"label set 'class': class 'red' has one picture.*" + asked):
+        diagnose(*parts, pictures[:4], labels=["red", *["blue"] * 3], **FEW)
+    few = r"label set 'class', of the pictures that classes and limit leave: "
+    with pytest.raises(ValueError, match=few + r"class 'blue' has one picture \(2 such classes\).*" + asked):
+        diagnose(*parts, pictures, labels=labels, limit=2, **FEW)
+    with pytest.raises(ValueError, match=few + "a probe needs at least two classes; got .'red'.*" + asked):
+        diagnose(*parts, pictures, labels=labels, classes=["red"], **FEW)
+    diagnose(*parts, pictures, labels=labels, limit=2, metrics=["spectrum"], **FEW)

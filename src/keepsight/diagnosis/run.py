@@ -109,7 +109,7 @@ def diagnose(
     pictures = select(found, classes, limit, seed)
     chosen = chosen_layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
-        check_labels(target, values)
+        check_labels(target, values, selected=len(pictures) < len(found))
     check_settings(processor, prompt, batch_size, seed)
     how: dict[str, Any] = {
         "batch_size": batch_size,
