@@ -21,6 +21,14 @@ class ImageError(ValueError):
     """A picture that cannot be used: missing, truncated, not a picture, a URL, or outside its folder."""
 
 
+def refused(image: Image.Image, name: str, cause: Exception) -> ImageError:
+    """What to raise where a model's processor does not take a picture."""
+    return ImageError(
+        f"image '{name}' of {image.width} × {image.height} pixels is refused by the model's processor "
+        f"({type(cause).__name__}: {cause}). {SKIP}"
+    )
+
+
 def refuse_url(reference: str) -> None:
     """Nothing is ever downloaded because a data set or a list names it.
 
@@ -48,13 +56,16 @@ def inside(reference: str | Path, folder: str | Path, what: str = "image") -> Pa
         what: what to call the file in an error.
 
     Raises:
-        ImageError: for a path that leaves the folder.
+        ImageError: for a path that leaves the folder, or is none.
     """
     root = _real_folder(os.fspath(folder))
     parent, name = os.path.split(os.path.join(root, reference))
-    path = os.path.join(_real_folder(parent), name)
-    if os.path.islink(path) or name in ("", ".", ".."):
-        path = os.path.realpath(path)
+    try:
+        path = os.path.join(_real_folder(parent), name)
+        if os.path.islink(path) or name in ("", ".", ".."):
+            path = os.path.realpath(path)
+    except ValueError as cause:  # a zero byte, half a character
+        raise ImageError(f"{what} {str(reference)!r} can be no file's path ({cause}). Correct it.") from cause
     if os.path.commonpath([root, path]) != root:
         raise ImageError(
             f"{what} '{reference}' leaves the {what} folder '{folder}' (it resolves to '{path}'); "

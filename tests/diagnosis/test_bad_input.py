@@ -123,3 +123,48 @@ def test_phones_second_pictures_are_no_animation(tmp_path):
     image = find_pictures(tmp_path).items[0].open()[0]
     assert not is_animated(image)
     assert image.getpixel((0, 0))[0] > 200
+
+
+def test_masks_among_the_pictures_are_no_pictures_whatever_is_measured(parts, tmp_path):
+    """Also where nothing that is measured needs masks, which are then not read."""
+    for number in range(4):
+        image, mask = picture("red", number)
+        image.save(tmp_path / f"{number}.jpg")
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    result = diagnose(*parts, tmp_path, masks=tmp_path, metrics=["spectrum"], **FEW)
+    assert list(result.per_image.images) == [f"{number}.jpg" for number in range(4)]
+
+
+@pytest.mark.parametrize("calibrated", [4, 1], ids=["in the calibration", "later"])
+def test_states_that_are_no_numbers_are_refused(parts, calibrated):
+    """One picture of four, at one layer: it would spoil the means of all in its batch."""
+
+    def overflow(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        if len(hidden) == 4:
+            hidden[0] = float("inf")
+        return output
+
+    pictures = [picture("red", i)[0] for i in range(4)]
+    hook = parts[0].model.language_model.layers[1].register_forward_hook(overflow)
+    try:
+        with pytest.raises(
+            ValueError, match=r"64 of 256 visual tokens .* NaN or infinite at layer 2: .*--dtype float32"
+        ):
+            diagnose(*parts, pictures, calibration_images=calibrated, layers=[0, 2], progress=False)
+    finally:
+        hook.remove()
+
+
+def test_too_few_pictures_of_a_class_say_whether_a_limit_is_why_and_what_can_be_measured(parts):
+    pictures, labels = [picture("red", i)[0] for i in range(6)], ["red", "blue"] * 3
+    asked = r"; or measure what needs no classes \(--metrics structure,spectrum,"
+    with pytest.raises(ValueError, match=r"label set 'class': class 'red' has one picture.*" + asked):
+        diagnose(*parts, pictures[:4], labels=["red", *["blue"] * 3], **FEW)
+    few = r"label set 'class', of the pictures that classes and limit leave: "
+    with pytest.raises(ValueError, match=few + r"class 'blue' has one picture \(2 such classes\).*" + asked):
+        diagnose(*parts, pictures, labels=labels, limit=2, **FEW)
+    with pytest.raises(ValueError, match=few + "a probe needs at least two classes; got .'red'.*" + asked):
+        diagnose(*parts, pictures, labels=labels, classes=["red"], **FEW)
+    diagnose(*parts, pictures, labels=labels, limit=2, metrics=["spectrum"], **FEW)

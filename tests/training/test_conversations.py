@@ -103,6 +103,9 @@ def test_loose_ends_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"conversations": [{"from": "user", "value": "a"}]}, "from='user'; allowed: 'human' and 'gpt'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "value=3; it must be a string"),
         (entry("only a question"), "empty: no question followed by an answer"),
+        (entry("half \ud83d ?", "b"), r"turn 1 holds half a character \('\\ud83d'\), which no tokenizer takes"),
+        (entry("<image>", "red", image="a\0/b.png"), r"image 'a\\x00/b.png' can be no file's path \(embedded null"),
+        (entry("<image>", "red", image="\ud83d/b.png"), r"image '\\ud83d/b.png' can be no file's path"),
         (entry("a", "b", image=7), "`image` is 7; allowed: a path, a list of paths, or nothing"),
         ("text", "it is str; allowed: an object"),
         (

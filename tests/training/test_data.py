@@ -100,3 +100,25 @@ def test_the_file_is_read_as_utf8(tmp_path, llava) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(json.dumps([entry("héllo", "wörld")], ensure_ascii=False).encode("utf-8"))
     assert LlavaConversations(path)[0].messages[0]["content"][0]["text"] == "héllo"
+
+
+def test_a_picture_that_the_processor_refuses_is_broken_too(tmp_path, pictures, llava, monkeypatch) -> None:
+    given = type(llava).__call__
+
+    def refuse(self, images=None, **more):
+        flat = [image for one in images or [] for image in (one if isinstance(one, list) else [one])]
+        if any(image.width > 2 * image.height for image in flat):
+            raise ValueError("aspect ratio must be smaller than 2")
+        return given(self, images=images, **more)
+
+    monkeypatch.setattr(type(llava), "__call__", refuse)
+    wide = entry("<image> and <image>", "circle", image=["red.png", "wide.png"], id="w")
+    with pytest.raises(
+        ImageError,
+        match=r"entry 1 \(id 'w'\): image 'wide.png' of 48 × 16 pixels is refused by the model's processor "
+        r"\(ValueError: aspect ratio must be smaller than 2\)",
+    ):
+        dataset(tmp_path, pictures, llava, RED, wide)[1]
+    data = dataset(tmp_path, pictures, llava, RED, wide, BLUE, skip_broken=True)
+    assert answers(data, llava) == ["red", "blue", "blue"]
+    assert data.skipped() == {"unreadable image": 1}

@@ -53,9 +53,11 @@ def initial_encoder(initial: nn.Module | None, vlm: Vlm) -> Vlm | None:
     return found
 
 
-def check_labels(target: str, values: Sequence[str | None]) -> None:
-    """Fail before the forward pass, not after it."""
+def check_labels(target: str, values: Sequence[str | None], *, selected: bool) -> None:
+    """Fail before the forward pass, not after it; `selected`: classes or a limit left pictures out."""
     try:
         stratified_split([value for value in values if value is not None], 0)
     except ValueError as error:
-        raise ValueError(f"label set '{target}': {error}") from error
+        what = f"label set '{target}'" + ", of the pictures that classes and limit leave" * selected
+        others = "or measure what needs no classes (--metrics structure,spectrum,fidelity,lens,maps)"
+        raise ValueError(f"{what}: {error}; {others}") from error

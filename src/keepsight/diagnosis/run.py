@@ -103,11 +103,13 @@ def diagnose(
     """
     vlm, team = Vlm(model), team_of(several_processes)
     wanted, null_models, prunings = wanted_metrics(metrics), wanted_nulls(nulls), check_prunings(vlm, prunings)
-    masks = masks if set(MASKED) & set(wanted) or keep_features is not None else None
-    pictures = select(find_pictures(images, labels, masks, mask_format, mask_suffix), classes, limit, seed)
+    found = find_pictures(images, labels, masks, mask_format, mask_suffix)  # which also tells masks from pictures
+    if not set(MASKED) & set(wanted) and keep_features is None:
+        masks, found = None, found.without_masks()
+    pictures = select(found, classes, limit, seed)
     chosen = chosen_layers(vlm, layers)
     for target, values in pictures.labels.items() if "probes" in wanted else ():
-        check_labels(target, values)
+        check_labels(target, values, selected=len(pictures) < len(found))
     check_settings(processor, prompt, batch_size, seed)
     how: dict[str, Any] = {
         "batch_size": batch_size,

@@ -114,6 +114,15 @@ def check_turns(messages: list[Message], trimmed: Counter[str]) -> list[Message]
                 raise ConversationError(f"turn {position + 1} is an answer and holds an image; images go in questions")
             if not "".join(part["text"] for part in message["content"]).strip():
                 raise ConversationError(f"turn {position + 1} is an empty answer")
+    for position, message in enumerate(system + turns):
+        for part in message["content"]:
+            try:
+                part.get("text", "").encode()
+            except UnicodeEncodeError as cause:  # "\ud83d" alone, which JSON can write
+                raise ConversationError(
+                    f"turn {position + 1} holds half a character ({cause.object[cause.start]!r}), which no tokenizer "
+                    "takes; write the whole one"
+                ) from cause
     return system + turns
 
 

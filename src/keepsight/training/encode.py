@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keepsight.images import open_image
+from keepsight.images import open_image, refused
 from keepsight.training.conversations import Conversation, ConversationError
 from keepsight.training.spans import TemplateError, assistant_spans, carry_over, image_markers, overlapping
-from keepsight.vlm.chat import special_tokens
+from keepsight.vlm.chat import render_prompt, special_tokens
 
 IGNORED = -100  # the label of tokens that the loss leaves out
 Prepare = Callable[[list[Image.Image], Any], dict[str, Tensor]]  # pictures, processor → further picture tensors
@@ -80,7 +80,7 @@ class Encoder:
         """Decode the pictures and encode the conversation.
 
         Raises:
-            ImageError: if a picture cannot be read.
+            ImageError: if a picture cannot be read, or the processor does not take it.
             CutError: if `max_length` would cut a picture's tokens, or leave no answer.
             ConversationError: if a text holds the model's own image token.
         """
@@ -88,7 +88,12 @@ class Encoder:
         images = [open_image(source, name) for name, source in conversation.images]
         text, spans = assistant_spans(self.processor, conversation.messages)
         extra = special_tokens(self.processor, text)
-        batch = self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra)
+        try:
+            batch = self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra)
+        except Exception:  # which kind, depends on the processor
+            for (name, _), image in zip(conversation.images, images, strict=True):
+                self._try(image, name)
+            raise
         ids = batch["input_ids"][0]
         plain = self.processor.tokenizer(text, return_offsets_mapping=True, **extra)
         labelled = carry_over(
@@ -107,6 +112,14 @@ class Encoder:
             media |= self.prepare(images, self.processor)
         sequence["labels"] = torch.where(torch.tensor(labelled), ids, IGNORED)
         return self._cut(conversation, sequence, media)
+
+    def _try(self, image: Image.Image, name: str) -> None:
+        """Raises ImageError if the processor does not take this picture alone."""
+        text = render_prompt(self.processor, "?")
+        try:
+            self.processor(text=[text], images=[[image]], return_tensors="pt", **special_tokens(self.processor, text))
+        except Exception as cause:
+            raise refused(image, name, cause) from cause
 
     def _cut(self, conversation: Conversation, sequence: dict[str, Tensor], media: dict[str, Tensor]) -> Encoded:
         length, limit = sequence["input_ids"].numel(), self.max_length

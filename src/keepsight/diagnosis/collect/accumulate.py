@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from keepsight.diagnosis.collect.batch import Batch
-from keepsight.diagnosis.collect.calibrate import LayerCalibration
+from keepsight.diagnosis.collect.calibrate import LayerCalibration, check_finite
 from keepsight.diagnosis.collect.mean_tokens import MeansWithoutSinks, RowsWithoutSinks
 from keepsight.diagnosis.collect.record import Record
 from keepsight.diagnosis.collect.store import LayerStore
@@ -108,6 +108,7 @@ class Accumulator:
         self._taken["pooled"].append(everything.token_mean(x))
 
         raw = structure(x, everything)
+        check_finite(raw.norms, layer)
         blocks = {"all": self._block(x, everything, raw, known.mean)}
         sinks = raw.norms > known.threshold
         any_sinks = bool(sinks.any())

@@ -15,7 +15,7 @@ from keepsight.diagnosis.collect.record import Seen
 from keepsight.diagnosis.data.pictures import Picture
 from keepsight.diagnosis.metrics.spectrum import GROUPS
 from keepsight.diagnosis.metrics.structure import membership
-from keepsight.images import SKIP, ImageError, is_animated
+from keepsight.images import ImageError, is_animated, refused
 from keepsight.vlm import Vlm
 from keepsight.vlm.chat import special_tokens
 from keepsight.vlm.geometry import patch_coverage
@@ -114,11 +114,11 @@ class Loader:
         try:
             inputs = self._process(images) if kept else {}
         except Exception:  # which kind, depends on the processor
-            refused = [i for i, image in zip(kept, images, strict=True) if not self._takes(image, i)]
-            if not refused:
+            bad = [i for i, image in zip(kept, images, strict=True) if not self._takes(image, i)]
+            if not bad:
                 raise
-            again, others = self.load([index for index in kept if index not in refused], masks)
-            others.broken |= seen.broken | {index: self.pictures[index].name for index in refused}
+            again, others = self.load([index for index in kept if index not in bad], masks)
+            others.broken |= seen.broken | {index: self.pictures[index].name for index in bad}
             return again, others
         return (self._decode(inputs, kept, arrays, classes) if kept else None), seen
 
@@ -129,10 +129,7 @@ class Loader:
         except Exception as cause:
             if self.skip_broken:
                 return False
-            raise ImageError(
-                f"image '{self.pictures[index].name}' of {image.width} × {image.height} pixels is refused by the "
-                f"model's processor ({type(cause).__name__}: {cause}). {SKIP}"
-            ) from cause
+            raise refused(image, self.pictures[index].name, cause) from cause
         return True
 
     def _process(self, images: list[Any]) -> dict[str, Any]:

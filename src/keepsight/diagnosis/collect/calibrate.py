@@ -13,6 +13,16 @@ from torch import Tensor
 SINK = 10.0  # a token or channel is a sink above this multiple of the layer's median norm
 
 
+def check_finite(norms: Tensor, layer: int) -> None:
+    """Raises ValueError where tokens of these norms [T] are no numbers, as none could be taken of them."""
+    if bad := int((~norms.isfinite()).sum()):
+        raise ValueError(
+            f"{bad} of {len(norms)} visual tokens of a batch are NaN or infinite at layer {layer}: the numbers outgrow "
+            "the weights' type, or the weights are damaged. Try another type (--dtype float32 or bfloat16), "
+            "or leave the layer out (--layers)"
+        )
+
+
 @dataclass(frozen=True)
 class LayerCalibration:
     """mean, mean_without_sinks: [d]; threshold: norm of a sink token; channels: float [d], 0 for sink channels."""
@@ -50,6 +60,7 @@ class Calibration:
     def sink(self, layer: int, tokens: Tensor) -> None:
         x = tokens.float()
         norms = torch.linalg.vector_norm(x, dim=1)
+        check_finite(norms, layer)
         suspect = norms > SINK / 2 * norms.median()
         ordinary = x[~suspect].double() if bool(suspect.any()) else x.double()
         self._sum[layer] = self._sum.get(layer, 0) + ordinary.sum(dim=0)

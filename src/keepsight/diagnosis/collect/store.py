@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keepsight.results import StorageError
+
 
 class LayerStore:
     """Append-only files of float32 rows of `width` numbers, one file a layer, one row a picture or token."""
@@ -25,13 +27,25 @@ class LayerStore:
         self.commit(block.shape[1])
 
     def put(self, layer: int, rows: Tensor) -> None:
-        """Rows [rows, width] of the layer in position `layer`; they count once `commit` says so for all layers."""
+        """Rows [rows, width] of the layer in position `layer`; they count once `commit` says so for all layers.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         data = rows.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         file = self._files[layer]
         file.seek(4 * self.rows * self.width)
         view = data.data.cast("B") if data.size else memoryview(b"")
-        while view:
-            view = view[file.write(view) :]
+        try:
+            while view:
+                view = view[file.write(view) :]
+        except OSError as cause:
+            error = StorageError(
+                f"the temporary folder '{self._paths[layer].parent}' cannot take what comes from the model "
+                f"({cause.strerror}); set TMPDIR to a folder on a larger disk"
+            )
+            error.errno = cause.errno
+            raise error from cause
 
     def commit(self, rows: int) -> None:
         """So many rows were put into every layer."""
