@@ -9,10 +9,11 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 Config = TypeVar("Config")
@@ -135,6 +136,9 @@ def normalise(arguments: Sequence[str], cls: type) -> list[str]:
     known = {f"--{leaf.name}": leaf for leaf in leaves(cls)} | {leaf.flag: leaf for leaf in leaves(cls)}
     files = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     given = [part for file in files for part in ("--config", file)] + list(arguments[len(files) :])
+    for flag, file in pairwise(given):
+        if flag == "--config" and Path(file).is_file():
+            _check_mapping(Path(file))
     result = []
     for position, argument in enumerate(given):
         name, equals, value = argument.partition("=")
@@ -148,6 +152,17 @@ def normalise(arguments: Sequence[str], cls: type) -> list[str]:
                 argument += "=true"
         result.append(argument)
     return result
+
+
+def _check_mapping(file: Path) -> None:
+    """Raises ValueError where a file holds no settings; the parser's own error would not name it."""
+    try:
+        holds = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+        raise ValueError(f"'{file}' is not YAML: {cause}. Correct it, or give another file") from cause
+    if not isinstance(holds, dict):
+        what = "nothing" if holds is None else f"a {type(holds).__name__}"
+        raise ValueError(f"'{file}' holds {what}; it must hold settings by name, a line each such as 'seed: 0'")
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

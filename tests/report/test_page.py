@@ -248,3 +248,19 @@ def test_a_note_of_the_runs_stands_once_under_the_verdict_as_text(tmp_path: Path
     source = build(runs, tmp_path / "report.html").read_text(encoding="utf-8")
     assert source.count(html.escape(HOSTILE, quote=True).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")) == 1
     assert HOSTILE in "".join(Page(source).text)
+
+
+def test_tokens_that_tell_nothing_else_are_no_choice() -> None:
+    """Without sinks, where there are none, every curve is that of all tokens."""
+    section = next(section for section in SECTIONS if section.id == "structure")
+    rows = [
+        Measurement("gap", 0.1 * layer, low=0.0, high=1.0, n=9, layer=layer, variant="raw", tokens=tokens)
+        for tokens in ("all", "without sinks")
+        for layer in range(3)
+    ]
+    told = draw_section(open_runs([LoadedRun("a", rows)]), section)
+    rows[-1] = dataclasses.replace(rows[-1], value=0.3)
+    other = draw_section(open_runs([LoadedRun("a", rows)]), section)
+    assert told is not None
+    assert other is not None
+    assert (told.tokens, other.tokens) == (["all"], ["all", "without sinks"])

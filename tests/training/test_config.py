@@ -1,6 +1,7 @@
 """Recipes, flags, round trips, and what is refused."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -247,3 +248,17 @@ def test_checkpoints_need_logged_steps(tmp_path):
 def test_a_seed_below_zero_is_refused(tmp_path):
     with pytest.raises(ValueError, match="seed is -1; allowed: 0 or more"):
         config(out=str(tmp_path), seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"recipe.yaml' holds nothing; it must hold settings by name"),
+        ("- model\n", r"recipe.yaml' holds a list; it must hold settings by name"),
+        ("model: {path: [\n", r"recipe.yaml' is not YAML: .*line 2.* Correct it, or give another file"),
+    ],
+)
+def test_a_file_without_settings_is_named(tmp_path, text, message) -> None:
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        parse([str(tmp_path / "recipe.yaml")])

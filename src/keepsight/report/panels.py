@@ -111,8 +111,18 @@ def draw_section(runs: Sequence[Run], section: Section) -> Figures | None:
     order += [group for group in grouped if group not in order]
     groups = [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
     panels = [panel for group in (*groups, *more) for panel in group.panels]
-    tokens = dict.fromkeys(view["tokens"] for panel in panels for view in panel.views)
-    return Figures(section, groups, more, _choices(panels), sorted(tokens, key=lambda item: item != "all"))
+    return Figures(section, groups, more, _choices(panels), _tokens(panels))
+
+
+def _tokens(panels: Sequence[Panel]) -> list[str]:
+    """All tokens, and the parts of them that any figure tells something else of: without sinks there may be none."""
+    found = {"all": True}
+    for panel in panels:
+        whole = {view["variant"]: view["lines"] for view in panel.views if view["tokens"] == "all"}
+        for view in panel.views:
+            differs = view["lines"] != whole.get(view["variant"])
+            found[view["tokens"]] = found.get(view["tokens"], False) or differs
+    return [tokens for tokens, differs in found.items() if differs]
 
 
 def _choices(panels: Sequence[Panel]) -> list[Choice]:
