@@ -14,7 +14,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Options of other programs that the pages name: accelerate, the benchmarks, the table's own writer, TrainingArguments,
 # lmms-eval.
-ELSEWHERE = {"--num-processes", "--shape", "--write", "--trainer.logging-steps", "--model-args", "--force-simple"}
+ELSEWHERE = {"--num-processes", "--shape", "--write", "--model-args", "--force-simple"}
+ELSEWHERE |= {"--trainer.logging-steps", "--trainer.use-cpu", "--trainer.ddp-backend"}
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 

@@ -25,6 +25,7 @@ from transformers import (
     ViTImageProcessor,
     ViTModel,
 )
+from transformers.integrations import deepspeed
 
 import keepsight
 from keepsight.pre import DeadLossError
@@ -258,3 +259,21 @@ def test_weights_that_change_under_way_are_noticed(dino):
             p.normal_()
     with pytest.raises(DeadLossError, match=r"the external anchor .* changed during training"):
         handle.on_train_end(None, None, None)
+
+
+def test_an_external_encoder_is_whole_where_zero3_loads_models_in_shards(dino):
+    """As `TrainingArguments` with ZeRO-3's settings leave it; the model's own loading stays as it is."""
+
+    class Settings:
+        def is_zero3(self) -> bool:
+            return True
+
+    model, _ = llava_clip_llama()
+    settings = Settings()  # transformers holds them weakly
+    deepspeed.set_hf_deepspeed_config(settings)
+    try:
+        handle = keepsight.attach(model, keepsight.PReConfig(anchor="external", anchor_model=str(dino)))
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert all(p.numel() for p in handle._forward.source.external.model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 import keepsight
 from keepsight.pre.handle import Handle
 from tests.tiny import llava_clip_llama
+from tests.training.test_trainer import make_trainer, samples
 
 peft = pytest.importorskip("peft")
 DECODER = {"target_modules": r".*language_model.*(q|v)_proj"}
@@ -99,3 +101,23 @@ def test_an_adapter_saved_after_detach_does_not_know_the_head(own, tmp_path):
     assert peft.PeftConfig.from_pretrained(tmp_path).modules_to_save == own
     assert not any("keepsight" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     peft.PeftModel.from_pretrained(llava_clip_llama()[0], tmp_path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_head_that_the_checkpoint_lacks_is_told(first, tmp_path):
+    """Attached after wrapping, it is not in the adapter's file, from which HF Trainer goes on."""
+    config = DECODER | {"task_type": "CAUSAL_LM"}
+
+    def trainer(steps: int) -> tuple[Any, Handle]:
+        wrapped, handle, _ = attached(config, first=first)
+        settings: dict[str, Any] = {"batch": 8, "max_steps": steps, "save_strategy": "steps", "save_steps": 1}
+        return make_trainer(wrapped, tmp_path, samples(), **settings), handle
+
+    trainer(1)[0].train()
+    again, handle = trainer(2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    own = [str(one.message) for one in told if "new prediction head" in str(one.message)]
+    assert (len(own), handle.steps) == ((0, 2) if first else (1, 1))
+    assert all("goes on at step 1" in one and "handle.peft" in one for one in own)

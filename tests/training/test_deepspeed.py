@@ -16,14 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import keepsight
+from keepsight.training.checkpoints import WEIGHTS
 from keepsight.training.config import LoraConfig
 from keepsight.training.recipe import train
 from keepsight.training.record import read_curves
 from keepsight.training.sharding import check_deepspeed
+from keepsight.training.stages import KeepsightTrainer
 from tests.tiny import llava_clip_llama
 from tests.training.test_lora import setting
 from tests.training.test_processes import ROOT, run
 from tests.training.test_resume import recipe
+from tests.training.test_trainer import collate, make_trainer, samples
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 EXACT = "max_grad_norm=0"  # DeepSpeed clips the head's gradient with the model's
@@ -132,6 +135,30 @@ def test_adapters_in_shards_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["bit16_groups", "fp16_groups", "bf16_groups"])
+def test_the_head_is_found_in_every_kind_of_deepspeeds_optimizers(name):
+    """By the name under which each keeps the model's own parameters; the last is ZeRO-1 that sums in float32."""
+    handle = keepsight.attach(llava_clip_llama()[0].train())
+    optimizer = type("Optimizer", (), {"__module__": "deepspeed.runtime", "param_groups": [{"params": []}]})()
+    handle.vlm.base(**collate(samples()))
+    with pytest.raises(keepsight.DeadLossError, match="not in the optimizer"):
+        handle.assert_alive(optimizer)
+    setattr(optimizer, name, [list(handle.vlm.base.parameters())])
+    handle.assert_alive(optimizer)
+
+
+def test_a_checkpoint_holds_weights_where_zero3_is_not_told_to_gather_them(tmp_path):
+    """`Trainer` then passes none to be saved (transformers 5.23, `save_model`)."""
+    model, _ = llava_clip_llama()
+    keepsight.attach(model)
+    trainer = make_trainer(model, tmp_path, samples(), KeepsightTrainer, batch=8)
+    trainer.learned = frozenset(
+        name for name, _ in model.model.multi_modal_projector.named_parameters("model.multi_modal_projector")
+    )
+    trainer._save(str(tmp_path / "checkpoint-1"), {})
+    assert trainer.learned <= load_file(tmp_path / "checkpoint-1" / WEIGHTS).keys()
+
+
 def keepsight_train(made: Path, out: Path, *more: str, point: str = "never", **environment: str) -> None:
     """`keepsight train` on one process, or under DeepSpeed on two; killed where `point` says."""
     command = [sys.executable, "-m"]
@@ -154,6 +181,19 @@ def with_pictures(made: Path) -> Path:
     settings["trainer"] |= {"max_grad_norm": 0.0}
     made.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return made
+
+
+@pytest.mark.slow
+def test_adapters_learn_under_zero2_as_in_one_process(tmp_path, pictures):
+    environment = launched(2, tmp_path)
+    made = with_pictures(recipe(tmp_path, pictures, lora={"rank": 4, "dropout": 0.0}))
+    keepsight_train(made, tmp_path / "one")
+    keepsight_train(made, tmp_path / "killed", point="step:full:5", **environment)
+    keepsight_train(made, tmp_path / "killed", "--resume", **environment)
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        expected, found = (load_file(tmp_path / name / file) for name in ("one", "killed"))
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[key], expected[key], atol=2e-4) for key in expected)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """`inject=True` in a trainer that is not changed: gradients and logs are those of the mixin."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -106,3 +108,28 @@ def test_data_may_come_as_a_stream(tmp_path, kind):
     trainer.train()
     assert [log["pre_images"] for log in trainer.state.log_history if "loss" in log] == [4, 4]
     assert handle.accumulation == 2
+
+
+def test_averages_of_weights_in_shards_are_refused(tmp_path):
+    """As ZeRO-3 marks the parameters that it holds."""
+    model, _ = llava_clip_llama()
+    handle = keepsight.attach(model, keepsight.PReConfig(anchor="moving_average"), inject=True)
+    model.model.multi_modal_projector.linear_1.weight.ds_id = 0
+    trainer = make_trainer(model, tmp_path, samples(), InOrder, batch=8, callbacks=[handle])
+    with pytest.raises(ValueError, match=r"'moving_average' keeps averages .* this trainer has them in shards"):
+        trainer.train()
+
+
+def test_a_learning_rate_of_the_head_that_the_trainer_does_not_heed_is_refused(tmp_path):
+    def trainer(**own):
+        model, _ = llava_clip_llama()
+        handle = keepsight.attach(model, keepsight.PReConfig(head_lr=0.5), inject=True)
+        optimizer = torch.optim.AdamW(keepsight.param_groups(model), lr=1e-3)
+        cls = partial(InOrder, optimizers=(optimizer, None)) if own.pop("given", False) else InOrder
+        return make_trainer(model, tmp_path, samples(), cls, batch=8, callbacks=[handle], **own)
+
+    with pytest.raises(ValueError, match=r"head_lr is 0.5 with inject=True.* has the head at 0.001: give the trainer"):
+        trainer().train()
+    warm = trainer(given=True, max_steps=2, warmup_steps=2, lr_scheduler_type="constant_with_warmup")
+    warm.train()
+    assert [group["lr"] for group in warm.optimizer.param_groups] == [1e-3, 0.5]

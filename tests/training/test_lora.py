@@ -1,5 +1,6 @@
 """LoRA in the recipe: what learns, at which rate, and what is refused. Exports: test_export; resuming: test_resume."""
 
+from dataclasses import replace
 from importlib import util
 from typing import Any
 
@@ -198,6 +199,14 @@ def test_shards_are_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"lora.rank is 4 under FSDP: .* Launch without FSDP"):
         train(setting(tmp_path, "run", lora=LoraConfig(rank=4)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_that_the_recipe_asks_for_are_refused(tmp_path) -> None:
+    config = setting(tmp_path, "run", lora=LoraConfig(rank=4))
+    config = replace(config, trainer={**config.trainer, "fsdp": "full_shard"})
+    with pytest.raises(ValueError, match=r"lora.rank is 4 under FSDP \(trainer.fsdp\): .* Launch without it"):
+        train(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -332,3 +332,42 @@ def test_the_best_model_at_the_end_is_the_best_one(tmp_path):
     assert three.state.best_global_step == 1
     expected = once.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in three.model.state_dict().items())
+
+
+@pytest.mark.parametrize("inject", [False, True], ids=["mixin", "inject"])
+def test_where_the_weight_has_decayed_to_nothing_there_is_no_life_to_prove(tmp_path, inject):
+    """λ is 0 from the third step on; another training, as a recipe's second stage is, begins after that."""
+    model, _ = llava_clip_llama()
+    handle = keepsight.attach(model, keepsight.PReConfig(decay_steps=2), inject=inject)
+    own: Any = {"cls": InOrder, "callbacks": [handle]} if inject else {}
+    for _ in range(2):
+        trainer = make_trainer(model, tmp_path, samples(), batch=8, max_steps=3, **own)
+        trainer.train()
+    assert [row["pre_weight"] for row in trainer.state.log_history[:-1]] == [0.0] * 3
+    assert handle.steps == 6
+
+
+@pytest.mark.parametrize("anchor", ["encoder", "moving_average"])
+def test_observing_leaves_training_as_it_is_where_the_encoder_has_dropout(tmp_path, anchor):
+    """The anchor's own pass through the encoder draws no random numbers of the model's."""
+    bare, _ = llava_clip_llama()
+    for layer in bare.model.vision_tower.encoder.layers:
+        layer.self_attn.dropout = 0.25
+    model = copy.deepcopy(bare)
+    keepsight.attach(model, keepsight.PReConfig(weight=0.0, observe=True, anchor=anchor))
+    train(bare, tmp_path / "bare", samples(), InOrder, batch=4, max_steps=2)
+    train(model, tmp_path / "observed", samples(), batch=4, max_steps=2)
+    keepsight.handle_of(model).detach()
+    assert model.model.vision_tower.training
+    assert all(torch.equal(p, q) for p, q in zip(bare.parameters(), model.parameters(), strict=True))
+
+
+def test_an_optimizer_of_ones_own_from_param_groups_stays_as_it_is(tmp_path):
+    """With its own schedule, which knows its groups."""
+    model = attached(head_lr=0.5)
+    optimizer = torch.optim.AdamW(keepsight.param_groups(model), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    make_trainer(
+        model, tmp_path, samples(), partial(PReTrainer, optimizers=(optimizer, schedule)), batch=8, max_steps=3
+    ).train()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 / 4, 0.5 / 4])

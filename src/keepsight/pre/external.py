@@ -7,6 +7,8 @@ so that resize, crop, padding and tiles are followed in every family. Ours; the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from transformers.integrations import deepspeed
 
 from keepsight.results import fingerprint
 from keepsight.vlm.chat import render_prompt
@@ -21,6 +24,18 @@ from keepsight.vlm.geometry import token_centres
 from keepsight.vlm.view import Vlm
 
 PIXELS, POINTS = "keepsight_pixels", "keepsight_points"  # what the batch carries for the anchor
+
+
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Under ZeRO-3's settings, which `TrainingArguments` make known, transformers loads any model in shards; this one
+    belongs to no engine that would gather them."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 class ExternalEncoder:
@@ -39,7 +54,10 @@ class ExternalEncoder:
         from transformers import AutoModel
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        with torch.random.fork_rng(devices=[]):  # what a checkpoint lacks is drawn, and training must not notice
+        with (
+            _loaded_whole(),
+            torch.random.fork_rng(devices=[]),
+        ):  # what a checkpoint lacks is drawn, and training must not notice
             model, report = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
         model = getattr(model, "vision_model", model)  # CLIP and SigLIP: the half that sees
         # A classifier's checkpoint (ViT) has no pooler; hidden states do not need one.

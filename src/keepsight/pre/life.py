@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,11 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
     return own.numel() == 0 or bool(own.abs().sum() != 0)
 
 
+def _is_shard(parameter: nn.Parameter) -> bool:
+    """Whether FSDP2 or ZeRO-3 holds it in shards."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def of_deepspeed(optimizer: Any) -> Any:
     """DeepSpeed's ZeRO optimizer inside the wrapper that accelerate puts around it; None where there is none."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -104,7 +110,7 @@ def of_deepspeed(optimizer: Any) -> Any:
 def _groups(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
     """The model's parameters that the optimizer holds; those of ZeRO's own groups are flat pieces of several."""
     engine = of_deepspeed(optimizer)
-    for name in ("bit16_groups", "fp16_groups"):  # ZeRO-1 and -2, ZeRO-3
+    for name in ("bit16_groups", "fp16_groups", "bf16_groups"):  # ZeRO-1 and -2, ZeRO-3, ZeRO-1 summing in float32
         if found := getattr(engine, name, None):
             return found
     return [group["params"] for group in optimizer.param_groups]
@@ -117,12 +123,15 @@ class ProofOfLife(TrainerCallback):
     def assert_alive(self: Handle, optimizer: torch.optim.Optimizer) -> None:
         """Check, after the backwards and before the optimizer step, that the predictive loss trains something.
 
-        It looks at the latest forward of the step that had pictures.
+        It looks at the latest forward of the step that had pictures. Where λ has decayed to 0, nothing is to be proven.
 
         Raises:
             DeadLossError: see `keepsight.pre.life.assert_alive`.
         """
         if not self.config.active:
+            return
+        if not self.config.observe and self.weight == 0:  # where `decay_steps` end there is no gradient to ask for
+            self._alive = True
             return
         assert_alive(
             self._forward.life or self.seen,
@@ -148,6 +157,19 @@ class ProofOfLife(TrainerCallback):
         self._alive = not self.config.active
         self._resumed = state is not None and state.global_step > 0
         self._curves = Curves()
+        self._check_rate(kwargs.get("optimizer"))
+        if self.predictors.teacher is not None and any(map(_is_shard, self.vlm.base.parameters())):
+            raise ValueError(
+                f"the anchor {self.config.anchor!r} keeps averages of whole weights, and this trainer has them in "
+                "shards: train under ZeRO-2 or DDP, or with the anchor 'pre_llm'."
+            )
+        if self._resumed and self.config.active and self.steps == 0:
+            warnings.warn(
+                f"training goes on at step {state.global_step} with a new prediction head, because the checkpoint held "
+                "none: λ's schedule and running statistics begin again. With PEFT, attach first and wrap with "
+                "handle.peft(config), which saves the head with the adapter.",
+                stacklevel=2,
+            )
         if self._logs:
             go_first(self)
         self.accumulation = getattr(args, "gradient_accumulation_steps", 1)
@@ -155,6 +177,20 @@ class ProofOfLife(TrainerCallback):
             raise ValueError(
                 "inject=True with fp16=True: the injected gradient would not follow fp16's loss scaling. Train in "
                 "bf16 or float32, or use PReTrainerMixin."
+            )
+
+    def _check_rate(self: Handle, optimizer: Any) -> None:
+        """A trainer that knows nothing of PRe knows nothing of the head's learning rate either."""
+        wanted, head = self.config.head_lr, {id(parameter) for parameter in self.parameters()}
+        if not self.inject or wanted is None or not self.config.active or of_deepspeed(optimizer) is not None:
+            return
+        groups = getattr(optimizer, "param_groups", [])
+        rates = {g.get("initial_lr", g["lr"]) for g in groups if any(id(p) in head for p in g["params"])}
+        if rates - {wanted}:
+            raise ValueError(
+                f"head_lr is {wanted} with inject=True, and the trainer's optimizer has the head at "
+                f"{', '.join(map(str, sorted(rates)))}: give the trainer an optimizer made from "
+                "keepsight.param_groups(model), use PReTrainerMixin, or set head_lr to None."
             )
 
     def on_pre_optimizer_step(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

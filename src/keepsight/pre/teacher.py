@@ -47,10 +47,19 @@ class Teacher(Float32Module):
 
     @torch.no_grad()
     def image_features(self, vlm: Vlm, batch: dict[str, Any]) -> Tensor:
-        """``[T, d]``, what the averaged weights put at the visual positions."""
+        """``[T, d]``, what the averaged weights put at the visual positions. Without dropout, because a target has no
+        noise, and a model that is only observed must draw the random numbers of the bare one."""
         own = _own(vlm)
         weights = {f"core.{own[name][0]}": average.to(own[name][1].dtype) for name, average in self.averages().items()}
-        return functional_call(_Features(vlm), weights, (batch,))
+        decoder = set(vlm.decoder.modules())
+        learning = [module for module in vlm.core.modules() if module.training and module not in decoder]
+        for module in learning:
+            module.training = False
+        try:
+            return functional_call(_Features(vlm), weights, (batch,))
+        finally:
+            for module in learning:
+                module.training = True
 
 
 def _own(vlm: Vlm) -> dict[str, tuple[str, nn.Parameter]]:

@@ -59,9 +59,11 @@ def train(
     """
     check_available(config.lora)
     arguments = {name: training_arguments(config, name, stage) for name, stage in config.stages().items()}
-    if config.lora.rank is not None and any(zero_stage(given) == 3 for given in arguments.values()):
+    sharded = [name for name, given in arguments.items() if given.fsdp or zero_stage(given) == 3]
+    if config.lora.rank is not None and sharded:
+        engine = "FSDP (trainer.fsdp)" if arguments[sharded[0]].fsdp else "DeepSpeed's ZeRO-3"
         raise ValueError(
-            f"lora.rank is {config.lora.rank} under DeepSpeed's ZeRO-3: adapters cannot be joined from shards yet. "
+            f"lora.rank is {config.lora.rank} under {engine}: adapters cannot be joined from shards yet. "
             "Launch without it (one whole model a process; with LoRA it needs little beside its weights), or set "
             "lora.rank to null."
         )

@@ -31,7 +31,7 @@ from keepsight.training.data import ConversationDataset
 from keepsight.training.encode import CutError
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.lora import adapt
-from keepsight.training.sharding import check_deepspeed, release
+from keepsight.training.sharding import check_deepspeed, release, whole_weights
 from keepsight.training.trainer import PReTrainerMixin, set_apart
 
 
@@ -60,6 +60,8 @@ class KeepsightTrainer(PReTrainerMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
+        if state_dict is not None and not state_dict:  # ZeRO-3 whose settings do not gather weights to be saved
+            state_dict = whole_weights(self.pre.vlm.model)
         if self.args.should_save:  # of a sharded model, all processes come here, and the main one has the weights
             save_weights(self.pre.vlm.model, Path(output_dir), self.learned, state_dict)
 

@@ -64,10 +64,14 @@ class PReTrainerMixin(_Trainer):
         self.pre_totals = dict.fromkeys(("images", "tokens", "skipped"), 0)  # of all steps that were logged
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own."""
+        """The trainer's optimizer, with the head in a group of its own when it has a learning rate of its own.
+
+        One that was given to the trainer stays as it is if the head is in groups of its own (`param_groups`).
+        """
+        given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         shard_head(self.accelerator, self.pre, optimizer)
-        if self.pre.config.head_lr is not None:
+        if self.pre.config.head_lr is not None and not (given and is_apart(optimizer, self.pre.parameters())):
             set_apart(optimizer, self.pre.parameters(), self.pre.config.head_lr, "keepsight_head")
         return optimizer
 
@@ -185,6 +189,14 @@ class PReTrainerMixin(_Trainer):
         if self.accelerator.gradient_state.sync_gradients:
             self._curves.steps += 1
         return loss
+
+
+def is_apart(optimizer: torch.optim.Optimizer, chosen: Iterable[Tensor]) -> bool:
+    """Whether an optimizer holds these parameters in groups without others."""
+    wanted = {id(parameter) for parameter in chosen}
+    groups = [{id(parameter) for parameter in group["params"]} for group in optimizer.param_groups]
+    mine = [group for group in groups if group & wanted]
+    return set().union(*mine) == wanted
 
 
 def set_apart(optimizer: torch.optim.Optimizer, chosen: Iterable[Tensor], rate: float, mark: str) -> None:
