@@ -31,7 +31,7 @@ from keepsight.training.data import ConversationDataset
 from keepsight.training.encode import CutError
 from keepsight.training.freeze import parts, train_only
 from keepsight.training.lora import adapt
-from keepsight.training.sharding import check_deepspeed, release, whole_weights
+from keepsight.training.sharding import check_deepspeed, is_sharded, release, whole_weights
 from keepsight.training.trainer import PReTrainerMixin, set_apart
 
 
@@ -60,10 +60,12 @@ class KeepsightTrainer(PReTrainerMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
-        if state_dict is not None and not state_dict:  # ZeRO-3 whose settings do not gather weights to be saved
-            state_dict = whole_weights(self.pre.vlm.model)
+        model = self.pre.vlm.model
+        # ZeRO-3's settings may gather no weights to be saved; FSDP2 gives them to the main process, and the rest none.
+        if state_dict is not None and not state_dict and not is_sharded(model):
+            state_dict = whole_weights(model)
         if self.args.should_save:  # of a sharded model, all processes come here, and the main one has the weights
-            save_weights(self.pre.vlm.model, Path(output_dir), self.learned, state_dict)
+            save_weights(model, Path(output_dir), self.learned, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.pre.vlm.model, Path(resume_from_checkpoint))
