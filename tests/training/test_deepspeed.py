@@ -1,9 +1,6 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3, as accelerate and `Trainer` run them, between CPU processes; skipped without it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,23 +10,22 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 
 import keepsight
 from keepsight.training.checkpoints import WEIGHTS
 from keepsight.training.config import LoraConfig
 from keepsight.training.recipe import train
-from keepsight.training.record import read_curves
 from keepsight.training.sharding import check_deepspeed
 from keepsight.training.stages import KeepsightTrainer
 from tests.tiny import llava_clip_llama
+from tests.training.sharded import CONFIGS, assert_trained_alike, keepsight_train, launch_arguments
 from tests.training.test_lora import setting
-from tests.training.test_processes import ROOT, run
+from tests.training.test_processes import run
 from tests.training.test_resume import recipe
 from tests.training.test_trainer import collate, make_trainer, samples
 
-CONFIGS = ROOT / "recipes" / "accelerate"
 EXACT = "max_grad_norm=0"  # DeepSpeed clips the head's gradient with the model's
+ON_CPU = ("--trainer.use_cpu", "false", "--trainer.ddp_backend", "gloo")
 
 
 def launched(stage: int, folder: Path, *, bf16: bool = False) -> dict[str, str]:
@@ -41,13 +37,13 @@ def launched(stage: int, folder: Path, *, bf16: bool = False) -> dict[str, str]:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     file = folder / f"zero{stage}.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
-    given = ["--config_file", str(CONFIGS / f"zero{stage}.yaml"), "--main_process_port", "0", "-m", "keepsight"]
-    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    given = launch_command_parser().parse_args(launch_arguments(f"zero{stage}"))
+    arguments, defaults, _ = _validate_launch_command(given)
     arguments.deepspeed_config_file = str(file)
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, environment = prepare_deepspeed_cmd_env(arguments)
     own = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {key: value for key, value in environment.items() if os.environ.get(key) != value} | own
+    return environment | own
 
 
 @pytest.mark.slow
@@ -159,19 +155,6 @@ def test_a_checkpoint_holds_weights_where_zero3_is_not_told_to_gather_them(tmp_p
     assert trainer.learned <= load_file(tmp_path / "checkpoint-1" / WEIGHTS).keys()
 
 
-def keepsight_train(made: Path, out: Path, *more: str, point: str = "never", **environment: str) -> None:
-    """`keepsight train` on one process, or under DeepSpeed on two; killed where `point` says."""
-    command = [sys.executable, "-m"]
-    if environment:
-        command += ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-        more = (*more, "--trainer.use_cpu", "false", "--trainer.ddp_backend", "gloo")
-    command += ["tests.training.killed", point, str(made), "--out", str(out), *more]
-    command += ["--pre.control", "null"]  # its shuffles are each process's own
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) is (point == "never"), done.stderr[-3000:]
-
-
 def with_pictures(made: Path) -> Path:
     """The recipe with the entries that have pictures, as many as two processes can share out, and no clipping."""
     settings = yaml.safe_load(made.read_text(encoding="utf-8"))
@@ -188,8 +171,8 @@ def test_adapters_learn_under_zero2_as_in_one_process(tmp_path, pictures):
     environment = launched(2, tmp_path)
     made = with_pictures(recipe(tmp_path, pictures, lora={"rank": 4, "dropout": 0.0}))
     keepsight_train(made, tmp_path / "one")
-    keepsight_train(made, tmp_path / "killed", point="step:full:5", **environment)
-    keepsight_train(made, tmp_path / "killed", "--resume", **environment)
+    keepsight_train(made, tmp_path / "killed", *ON_CPU, point="step:full:5", **environment)
+    keepsight_train(made, tmp_path / "killed", "--resume", *ON_CPU, **environment)
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         expected, found = (load_file(tmp_path / name / file) for name in ("one", "killed"))
         assert found.keys() == expected.keys()
@@ -202,20 +185,7 @@ def test_a_recipe_of_two_stages_is_written_whole_and_goes_on_after_a_kill(tmp_pa
     environment = launched(stage, tmp_path)
     made = with_pictures(recipe(tmp_path, pictures))
     keepsight_train(made, tmp_path / "one")
-    keepsight_train(made, tmp_path / "two", **environment)
-    keepsight_train(made, tmp_path / "killed", point="step:full:5", **environment)
-    keepsight_train(made, tmp_path / "killed", "--resume", **environment)
-    expected = [row for row in read_curves(tmp_path / "one") if "lm_loss" in row]
-    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
-    for name in ("two", "killed"):
-        curves = [row for row in read_curves(tmp_path / name) if "lm_loss" in row]
-        assert [row["step"] for row in curves] == [*range(1, 7)] * 2
-        for one, other in zip(expected, curves, strict=True):
-            for key in ("lm_loss", "pre_loss", "pre_images"):
-                assert other.get(key) == pytest.approx(one.get(key), abs=5e-5), (name, one["step"], key)
-        _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / name / "model", output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        found = load_file(tmp_path / name / "model" / "model.safetensors")
-        assert found.keys() == weights.keys()
-        assert all(torch.allclose(found[key], weights[key], atol=2e-4) for key in weights)
+    keepsight_train(made, tmp_path / "two", *ON_CPU, **environment)
+    keepsight_train(made, tmp_path / "killed", *ON_CPU, point="step:full:5", **environment)
+    keepsight_train(made, tmp_path / "killed", "--resume", *ON_CPU, **environment)
+    assert_trained_alike(tmp_path, "one", "two", "killed")

@@ -202,7 +202,8 @@ def test_shards_are_refused(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_shards_that_the_recipe_asks_for_are_refused(tmp_path) -> None:
+def test_shards_that_the_recipe_asks_for_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # `TrainingArguments` sets it; here it is taken back
     config = setting(tmp_path, "run", lora=LoraConfig(rank=4))
     config = replace(config, trainer={**config.trainer, "fsdp": "full_shard"})
     with pytest.raises(ValueError, match=r"lora.rank is 4 under FSDP \(trainer.fsdp\): .* Launch without it"):

@@ -1,44 +1,33 @@
 """The configurations for `accelerate launch`: read by accelerate itself; FSDP2 run as it sets it up."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.launch import prepare_multi_gpu_env
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from keepsight.commands.train import parse
 from keepsight.training.arguments import training_arguments
-from keepsight.training.record import read_curves
-from tests.training.test_processes import run
+from tests.training.sharded import CONFIGS, assert_trained_alike, keepsight_train, launch_arguments
+from tests.training.test_processes import ROOT, run
 from tests.training.test_resume import recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "recipes" / "accelerate"
 BASE = ROOT / "recipes" / "clip-vicuna-7b.yaml"
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
 def launched(name: str, **changes: Any) -> dict[str, str]:
     """The environment in which `accelerate launch` starts processes with this configuration."""
-    given = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", "0", "-m", "keepsight"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(launch_arguments(name)))
     for key, value in changes.items():
         setattr(arguments, key, value)
-    environment = prepare_multi_gpu_env(arguments)
-    return {key: value for key, value in environment.items() if os.environ.get(key) != value}
+    return prepare_multi_gpu_env(arguments)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -138,39 +127,13 @@ def test_fsdp2_needs_whole_anchors(tmp_path):
         run(2, "trainer", tmp_path / "two.json", 'anchor="moving_average"', **launched("fsdp2"))
 
 
-def keepsight_train(made: Path, out: Path, *, point: str = "never", resume: bool = False, processes: int = 2) -> str:
-    """`keepsight train` on one process, or sharded over several; killed where `point` says."""
-    command = [sys.executable, "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        environment |= launched("fsdp2", mixed_precision="no")
-    command += ["tests.training.killed", point, str(made), "--out", str(out), *(["--resume"] if resume else [])]
-    command += ["--pre.control", "null"]  # its shuffles are each process's own
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) is (point == "never"), done.stderr[-3000:]
-    return done.stderr
-
-
 @pytest.mark.slow
 def test_a_sharded_recipe_is_written_whole_and_goes_on_after_a_kill(tmp_path, pictures):
     """Two stages, the second with other parts learning: curves and exported model as in one process."""
     made = recipe(tmp_path, pictures)
-    keepsight_train(made, tmp_path / "one", processes=1)
-    keepsight_train(made, tmp_path / "two")
-    keepsight_train(made, tmp_path / "killed", point="step:full:5")
-    keepsight_train(made, tmp_path / "killed", resume=True)
-    expected = [row for row in read_curves(tmp_path / "one") if "lm_loss" in row]
-    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
-    for name in ("two", "killed"):
-        curves = [row for row in read_curves(tmp_path / name) if "lm_loss" in row]
-        assert [row["step"] for row in curves] == [*range(1, 7)] * 2
-        for one, other in zip(expected, curves, strict=True):
-            for key in ("lm_loss", "pre_loss", "pre_images"):
-                assert other.get(key) == pytest.approx(one.get(key), abs=5e-5), (name, one["step"], key)
-        _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / name / "model", output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        found = load_file(tmp_path / name / "model" / "model.safetensors")
-        assert found.keys() == weights.keys()
-        assert all(torch.allclose(found[key], weights[key], atol=2e-4) for key in weights)
+    environment = launched("fsdp2", mixed_precision="no")
+    keepsight_train(made, tmp_path / "one")
+    keepsight_train(made, tmp_path / "two", **environment)
+    keepsight_train(made, tmp_path / "killed", point="step:full:5", **environment)
+    keepsight_train(made, tmp_path / "killed", "--resume", **environment)
+    assert_trained_alike(tmp_path, "one", "two", "killed")
