@@ -311,8 +311,11 @@ def control_target(kind: str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Te
 
 
 def test_control_other_image():
-    target, anchor, _ = control_target("other_image")
-    assert torch.equal(target, anchor.roll(-1, dims=0))
+    """The picture before; the first has only its own patches, back to front, until another batch came before it."""
+    first, anchor, (_, target) = control_target("other_image")
+    assert torch.equal(first[1:], anchor[:-1])
+    assert torch.equal(first[0], anchor[0].flip(0))
+    assert torch.equal(target, anchor.roll(1, dims=0))
 
 
 def test_control_shuffled_patches():
@@ -337,11 +340,12 @@ def test_control_of_unequal_grids_takes_the_same_relative_place():
     model, batch = qwen2_5_vl()
     model.train()
     handle = keepsight.attach(model, keepsight.PReConfig(control="other_image", weight=1.0))
+    model(**batch)
     out = model(**batch, output_hidden_states=True)
     mask = batch["input_ids"] == IMAGE
     anchor = out.hidden_states[0][mask].detach().split([4, 6, 4])
     # grids 2 × 2, 2 × 3 and 1 × 4: row and column scaled to the other picture's grid, rounded down
-    target = torch.cat([anchor[1][[0, 1, 3, 4]], anchor[2][[0, 1, 2, 0, 1, 2]], anchor[0][[0, 0, 1, 1]]])
+    target = torch.cat([anchor[2][[0, 2, 0, 2]], anchor[0][[0, 0, 1, 2, 2, 3]], anchor[1][[0, 0, 1, 2]]])
     prediction = handle.head(out.hidden_states[2][mask])
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     expected = -torch.stack([part.mean() for part in cosine.split([4, 6, 4])]).mean()

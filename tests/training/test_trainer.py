@@ -108,9 +108,10 @@ def attached(**config: Any) -> Any:
     return model
 
 
+@pytest.mark.parametrize("control", [None, "other_image"])
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 8), (4, 2), (2, 4)])
-def test_accumulated_micro_batches_train_like_one_batch(tmp_path, batch, accumulate):
-    model = attached()
+def test_accumulated_micro_batches_train_like_one_batch(tmp_path, batch, accumulate, control):
+    model = attached(control=control)
     twin = copy.deepcopy(model)
     whole, one = train(model, tmp_path / "one", samples(), batch=8)
     parts, many = train(twin, tmp_path / "many", samples(), batch=batch, accumulate=accumulate)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from keepsight.diagnosis.collect.accumulate import Accumulator
 from keepsight.diagnosis.collect.batches import Loader
 from keepsight.diagnosis.collect.passes import on_device
+from keepsight.diagnosis.memory import give_back
 from keepsight.diagnosis.metrics.breakdown import object_rows
 from keepsight.diagnosis.metrics.fidelity import Fidelity
 from keepsight.diagnosis.metrics.lens import Lens, NoLensError, Readout, readout
@@ -59,6 +60,7 @@ def all_rows(
         rows += target_rows(
             accumulator, labels, done, middle, per_image, seed=seed, progress=progress, unlabelled=unlabelled
         )
+    give_back()
     unwanted = () if "structure" in wanted else STRUCTURE
     rows += [row for row in image_rows(accumulator, per_image, seed=seed) if row.metric not in unwanted]
     if "objects" in wanted:
@@ -77,6 +79,7 @@ def all_rows(
         rows += fidelity.general_rows()
         for position in tracked(positions, "fidelity", progress):
             rows += fidelity.rows(position) + similarity.rows(position)
+            give_back()
     if "lens" in wanted:
         lens = Lens(
             accumulator, open_lens(vlm, loader), lambda token: loader.tokenizer.decode([token]), seed, middle, per_image

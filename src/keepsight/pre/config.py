@@ -34,9 +34,9 @@ class PReConfig:
         anchor_layer: for "external": which of its hidden states.
         anchor_decay: for "moving_average": share of the average that stays at an optimizer step.
         control: what the anchor is replaced by, to tell its information from the head's capacity. "other_image": the
-            anchor at the same place of the next picture of the micro-batch, over all processes, or of the previous
-            picture where it holds only one (so accumulating changes the anchors); "shuffled_patches": the picture's
-            own, in another order; "random": constant random vectors, one a place.
+            anchor at the same place of the picture before, over the pictures of all processes and on from batch to
+            batch; "shuffled_patches": the picture's own, in another order; "random": constant random vectors, one a
+            place.
         granularity: "patch" (the paper's), "global" (the mean over a picture) or "relational" (the cosines between the
             patches of a picture).
         distance: "cosine" (the paper's), "mse" (to the anchor standardised over its channels) or "infonce" (which of

@@ -24,7 +24,7 @@ class ControlAnchor:
     def __init__(self, kind: Control, seed: int) -> None:
         self.kind = kind
         self.seed = seed
-        self.last: tuple[Tensor, Grids] | None = None  # the last picture, for a batch of one
+        self.last: tuple[Tensor, Grids] | None = None  # the last picture of all processes
         self._vectors: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(self, anchor: Tensor, tokens: ImageTokens, step: int, forward: int) -> Tensor:
@@ -47,23 +47,25 @@ class ControlAnchor:
         return self._vectors[place]
 
     def _other_image(self, anchor: Tensor, tokens: ImageTokens) -> Tensor:
+        """Of the picture before, in the order of all processes' pictures and from forward to forward."""
         pool, grids, first = _gather(anchor, tokens.grids)
-        if not tokens.n_images:
+        if not grids:
             return anchor
-        if len(grids) == 1 and self.last is not None:
-            pool, grids = torch.cat([pool, self.last[0].to(pool)]), grids + self.last[1]
+        if self.last is not None:
+            pool, grids, first = torch.cat([self.last[0].to(pool), pool]), self.last[1] + grids, first + 1
         starts = torch.tensor([0, *(_size(picture) for picture in grids)]).cumsum(0).tolist()
+        self.last = pool[starts[-2] :].detach().clone(), grids[-1:]
         found, own = [], tokens.image.cpu()
         for image in range(tokens.n_images):
-            other = (first + image + 1) % len(grids)
+            number = first + image
+            other = max(0, number - 1)
             chosen = own == image
             tile, row, column = (part.cpu()[chosen] for part in (tokens.tile, tokens.row, tokens.column))
             index = starts[other] + _same_place(tile, row, column, tokens.grids[image], grids[other])
-            if len(grids) == 1:  # the very first picture has no other: its own patches, back to front
+            if not number:  # the very first picture has none before it: its own patches, back to front
                 index = index.flip(0)
             found.append(pool[index.to(pool.device)])
-        self.last = anchor[(tokens.image == tokens.n_images - 1)].detach(), tokens.grids[-1:]
-        return torch.cat(found)
+        return torch.cat(found) if found else anchor
 
 
 def _size(picture: tuple[tuple[int, int], ...]) -> int:

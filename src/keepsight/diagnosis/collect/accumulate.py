@@ -18,7 +18,7 @@ from keepsight.diagnosis.metrics.bleeding import bleeding
 from keepsight.diagnosis.metrics.spectrum import CHUNK, CovarianceSums
 from keepsight.diagnosis.metrics.structure import Groups, Structure, structure
 
-BLOCK = 4096  # sampled tokens read at a time
+BLOCK = 1024  # sampled tokens read at a time
 SCOPES = ("all", "without sinks", "tiles", "thumbnail")
 VALUES = (
     "token_norm",

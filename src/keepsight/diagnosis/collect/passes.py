@@ -16,12 +16,14 @@ from keepsight.diagnosis.collect.batches import Decoded, Loader
 from keepsight.diagnosis.collect.calibrate import Calibration, LayerCalibration
 from keepsight.diagnosis.collect.kept import Kept
 from keepsight.diagnosis.collect.record import Record
+from keepsight.diagnosis.memory import give_back
 from keepsight.diagnosis.progress import tracked
 from keepsight.processes import Team
 from keepsight.vlm import Vlm, capture
 from keepsight.vlm.features import ProjectorInput, image_features
 
 COUNTED = 256  # images whose patches' neighbours are counted: beyond them, it would cost as much as a few layers
+TIDY = 32  # batches after which free memory is given back, which takes milliseconds
 SAMPLE = 4096  # tokens of the sample, at least; twice the width if that is more
 
 
@@ -101,9 +103,11 @@ def measure(
 
     try:
         groups = [waiting[start : start + team.size] for start in range(0, len(waiting), team.size)]
-        for group in tracked(groups, "pictures", progress, total):
+        for number, group in enumerate(tracked(groups, "pictures", progress, total)):
             records = team.to_first(team.together(partial(step, group)))
             team.together(partial(take, group, records))
+            if number % TIDY == 0:
+                give_back()
         if team.first:
             append_known(len(batches))
     finally:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keepsight.diagnosis.collect.accumulate import BLOCK
 from keepsight.diagnosis.metrics.ridge import TEST, TRAIN, VALIDATION, Moments, Score, per_image, score_of
 
 SHRINKAGE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)  # of the means of a place, in tokens
-BLOCK = 4096  # tokens read at a time
 
 
 def split_images(n: int, seed: int) -> np.ndarray:
