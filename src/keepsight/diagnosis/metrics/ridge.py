@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 STRENGTHS = tuple(10.0**k for k in range(-6, 2))  # α; λ = α · tr(XᵀX)/d
-CHOOSING = 64  # directions of a target that α is chosen on
+CHOOSING = 32  # directions of a target that α is chosen on
 TRAIN, VALIDATION, TEST, UNUSED = range(4)
 
 Blocks = Callable[[], Iterable[tuple[np.ndarray, Tensor]]]
