@@ -48,7 +48,9 @@ def test_rows_and_their_shares(parts):
     prunings = [Pruning(1, 1.0, "uniform"), Pruning(1, 0.25, "uniform")]
     result = diagnose(model, processor, [image for _, image in pairs], prunings=prunings, **options)
     plain = {row.layer: row for row in result.rows if row.metric == "probe_accuracy" and not row.variant}
-    rows = [row for row in result.rows if row.metric == "probe_accuracy_pruned"]
+    pruned_rows = [row for row in result.rows if row.metric == "probe_accuracy_pruned"]
+    controls = [row for row in pruned_rows if row.variant.endswith(", shuffled labels")]
+    rows = [row for row in pruned_rows if row not in controls]
     depth = Vlm(model).depth
     assert [(row.variant, row.layer) for row in rows] == [
         (f"uniform, {share} after layer 1", layer)
@@ -59,7 +61,27 @@ def test_rows_and_their_shares(parts):
     for row in rows[: len(rows) // 2]:
         assert row.value == plain[row.layer].value, "all kept: the plain probe"
         assert row.n == plain[row.layer].n
-    assert all(np.nanmean(result.per_image.of(row.key)) == pytest.approx(row.value) for row in rows)
+    assert all(np.nanmean(result.per_image.of(row.key)) == pytest.approx(row.value) for row in pruned_rows)
+    shuffled = {row.layer: row for row in result.rows if row.metric == "probe_accuracy" and row.variant}
+    for row in controls[: len(controls) // 2]:
+        assert row.value == shuffled[row.layer].value, "the same labels, shuffled the same way"
+    lost = [row for row in result.rows if row.metric == "pruning_loss"]
+    assert [(row.variant, row.layer) for row in lost] == [(row.variant, row.layer) for row in rows]
+    for row, left in zip(lost, rows, strict=True):
+        assert row.value == pytest.approx(plain[row.layer].value - left.value)
+        pairs = result.per_image.of(plain[row.layer].key) - result.per_image.of(left.key)
+        assert set(pairs[~np.isnan(pairs)]) <= {-1.0, 0.0, 1.0}
+        np.testing.assert_array_equal(result.per_image.of(row.key), pairs)
+    assert [row.value for row in lost[: len(lost) // 2]] == [0.0] * (len(lost) // 2)
+
+
+def test_what_pruning_cost_needs_the_layer_without_it(parts):
+    images = [picture(colour, seed)[0] for seed in range(6) for colour in ("red", "green")]
+    options = {"labels": ["red", "green"] * 6, "metrics": ["probes"], "layers": [0, 1], "progress": False}
+    result = diagnose(*parts, images, prunings=[Pruning(1, 0.5)], **options)
+    lost = [row for row in result.rows if row.metric == "pruning_loss"]
+    assert {row.note for row in lost} == {f"layer {row.layer} was not captured without pruning" for row in lost}
+    assert all(row.value is None for row in lost)
 
 
 def test_shares_that_are_near_one_another_are_told_apart(parts, tmp_path):
@@ -67,7 +89,7 @@ def test_shares_that_are_near_one_another_are_told_apart(parts, tmp_path):
     prunings = [Pruning(1, keep, "uniform") for keep in (0.125, 0.12, 0.12)]
     options = {"labels": ["red", "green"] * 6, "metrics": ["probes"], "layers": ["middle"], "progress": False}
     result = diagnose(*parts, images, prunings=prunings, **options)
-    variants = [row.variant for row in result.rows if row.metric == "probe_accuracy_pruned"]
+    variants = [row.variant for row in result.rows if row.metric == "pruning_loss"]
     assert list(dict.fromkeys(variants)) == ["uniform, 12.5% after layer 1", "uniform, 12% after layer 1"]
     assert len(variants) == 4  # at the middle and the last layer
     assert "12.5%" in result.report(tmp_path / "report.html").read_text(encoding="utf-8")

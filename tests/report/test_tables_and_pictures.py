@@ -30,6 +30,21 @@ def test_numbers_in_words() -> None:
     assert write_number("not_known", 1.5) == "1.500"
 
 
+def test_a_difference_that_is_told_is_not_rounded_to_none() -> None:
+    assert write_difference("gap", 0.0003, 0.0001, 0.00052) == "+0.0003 [0.0001, 0.0005]"
+    assert write_difference("probe_accuracy", -0.0004, -0.0006, -0.0002) == "−0.04 points [−0.06, −0.02]"
+    assert write_difference("gap", 0.0003, -0.0001, 0.0007) == "0.000 [0.000, 0.001]"  # not told: the usual digits
+    assert write_difference("gap", 1e-12, 1e-13, 2e-12) == "0.00000000 [0.00000000, 0.00000000]"
+
+
+def test_the_table_says_of_how_many(base: LoadedRun) -> None:
+    text = " ".join(text_of(table([base])).split())
+    assert "n = 600 images (Probe accuracy, " in text
+    assert text.endswith("600 objects (Gap, Contrast), 2,400 questions (Answers)")
+    rows = [row for row in base.rows if row.metric == "gap"]
+    assert text_of(table(rows)).splitlines()[-1].rstrip() == "n = 600 objects"
+
+
 def test_table_compares_runs(base: LoadedRun, pre: LoadedRun) -> None:
     lines = text_of(table([base, pre])).splitlines()
     gap = next(i for i, line in enumerate(lines) if "Gap, centred" in line)

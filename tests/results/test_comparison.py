@@ -231,6 +231,54 @@ class TestArms:
             pool([runs[0], runs[0]])
 
 
+class TestJoined:
+    """A model's diagnosis and its evaluation, which have the model's name for a label."""
+
+    ANSWERS = Key("answer_accuracy")
+
+    def pair(self, weights="w", other="w", label="a"):
+        gap, answers = np.linspace(0.2, 0.4, 40), np.tile([1.0, 0.0], 10)
+        names = [f"question picture {i}" for i in range(20)]
+        diagnosis = LoadedRun(
+            "a",
+            [mean_row(gap)],
+            {"depth": 8, "model": {"fingerprint": weights}, "command": "diagnose", "seed": 1},
+            "x: 1\n",
+            per_image=kept(gap),
+        )
+        evaluation = LoadedRun(
+            label,
+            [mean_row(answers, self.ANSWERS)],
+            {"model": {"fingerprint": other}, "command": "evaluate", "seed": 2, "paper": {}},
+            "y: 2\n",
+            per_image=kept(answers, names, self.ANSWERS),
+        )
+        return diagnosis, evaluation
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_one_column(self, order):
+        given = self.pair()
+        ((run,),) = arms([given[i] for i in order])
+        assert [row.key for row in run.rows] == [GAP, self.ANSWERS]
+        assert run.info == {
+            "depth": 8,
+            "model": {"fingerprint": "w"},
+            "command": "diagnose\nevaluate",
+            "seed": 1,
+            "paper": {},
+        }
+        assert run.config == "x: 1\n---\ny: 2\n"
+        assert np.nanmean(run.per_image.of(GAP)) == pytest.approx(0.3)
+        assert np.nanmean(run.per_image.of(self.ANSWERS)) == pytest.approx(0.5)
+
+    def test_others_stay_apart(self):
+        assert [len(arm) for arm in arms(self.pair(label="b"))] == [1, 1]
+        assert [len(arm) for arm in arms(self.pair(other="v"))] == [2]  # seeds of one arm, as far as can be told
+        assert [len(arm) for arm in arms(self.pair(weights="", other=""))] == [2]
+        diagnosis, evaluation = self.pair()
+        assert [len(arm) for arm in arms([diagnosis, evaluation, diagnosis])] == [2]  # the same number twice
+
+
 class TestConditions:
     @pytest.mark.parametrize(
         ("text", "expected"),

@@ -18,7 +18,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Compare runs of keepsight diagnose, evaluate or both; the first is what the others are compared "
         "with. Those of keepsight attribute are shown beside them. "
         "Of runs that answered the same questions the report shows those that only one gets right.",
-        epilog="Runs with the same label are seeds of one arm: they are averaged, and intervals are over seeds. "
+        epilog="A diagnosis and an evaluation of the same weights and label are one run. Other runs with the same "
+        "label are seeds of one arm: they are averaged, and intervals are over seeds. "
         "Conditions: METRIC OPERATOR NUMBER, such as 'probe_drop > 0.1', 'probe_drop[texture] > 0.1', "
         "'gap@16 < 0.05' or, for the difference from the first run, 'delta gap < -0.02'; met where the whole 95 % "
         f"interval is. Exit status {MET_STATUS} if one is met.",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from keepsight.diagnosis.collect.batches import Loader
 from keepsight.diagnosis.collect.passes import device_of, forward
-from keepsight.diagnosis.probes.probe import fit_probes, wilson
+from keepsight.diagnosis.probes.probe import SHUFFLED, Probe, fit_probes, share_row
 from keepsight.diagnosis.progress import tracked
 from keepsight.diagnosis.summary import too_few, too_small
-from keepsight.results import Measurement, PerImageBuilder
+from keepsight.results import Measurement, PerImage, PerImageBuilder
+from keepsight.results.intervals import mean_interval
+from keepsight.results.measurement import Key
 from keepsight.vlm import Vlm
 from keepsight.vlm.pruning import Pruning, pruned
 
@@ -45,16 +49,20 @@ def pruning_rows(
     progress: bool = False,
     unlabelled: str = "no labels were given",
 ) -> list[Measurement]:
-    """Rows `probe_accuracy_pruned`: one forward over the pictures for each pruning, with the whole prompt.
+    """Rows `probe_accuracy_pruned` and `pruning_loss`: a forward over the pictures for each pruning, whole prompt.
 
     The probe's protocol and its split of the pictures are those of `probe_accuracy`; its input is the mean over the
     kept tokens of a picture, at the middle and the last layer where these lie above the pruning. `variant` tells the
-    pruning, as "attention, 25% after layer 2". Without label sets no forward is run, and one row says why.
+    pruning, as "attention, 25% after layer 2". What it cost is the difference to `probe_accuracy` there, in pairs over
+    the test pictures. Without label sets no forward is run, and one row says why.
+
+    per_image: holds what each picture adds to `probe_accuracy`, and takes what it adds to these rows.
     """
     if not labels:
         return [Measurement("probe_accuracy_pruned", None, seed=seed, note=unlabelled)]
     whole = replace(loader, whole=True)
     rows: list[Measurement] = []
+    unpruned = per_image.finish()
     for pruning in tracked(prunings, "pruned", progress):
         layers = [layer for layer in (vlm.resolve_layer("middle"), vlm.depth) if layer > pruning.layer]
         pooled = _pooled(vlm, whole, pruning, layers, done)
@@ -66,23 +74,30 @@ def pruning_rows(
                 continue  # `probe_accuracy` says why
             features = {layer: pooled[layer][chosen] for layer in layers}
             probe = fit_probes(features.__getitem__, layers, names, seed=seed, device=device_of(vlm))
-            for layer, correct in zip(probe.layers, probe.correct, strict=True):
-                low, high = wilson(int(correct.sum()), len(correct))
-                rows.append(
-                    Measurement(
-                        "probe_accuracy_pruned",
-                        float(correct.mean()),
-                        layer=layer,
-                        low=low,
-                        high=high,
-                        n=len(correct),
-                        target=target,
-                        variant=str(pruning),
-                        seed=seed,
-                    )
-                )
-                per_image.add(rows[-1].key, correct, torch.tensor(chosen).numpy()[probe.test])
+            test = np.array(chosen)[probe.test]
+            for row, contributions in _rows(probe, unpruned, test, {"target": target, "seed": seed}, str(pruning)):
+                rows.append(row)
+                if contributions is not None:
+                    per_image.add(row.key, contributions, test)
     return rows
+
+
+def _rows(
+    probe: Probe, unpruned: PerImage, test: np.ndarray, common: dict[str, Any], pruning: str
+) -> Iterator[tuple[Measurement, np.ndarray | None]]:
+    """Of each layer the accuracy, that of the control, and what the pruning cost; with what each test picture adds."""
+    for layer, right, control in zip(probe.layers, probe.correct, probe.shuffled, strict=True):
+        fields = {"layer": layer, **common}
+        yield share_row("probe_accuracy_pruned", right, variant=pruning, **fields), right
+        yield share_row("probe_accuracy_pruned", control, variant=f"{pruning}, {SHUFFLED}", **fields), control
+        fields["variant"] = pruning
+        whole = Key("probe_accuracy", common["target"], layer=layer)
+        if whole not in unpruned:
+            note = f"layer {layer} was not captured without pruning"
+            yield Measurement("pruning_loss", None, note=note, **fields), None
+            continue
+        lost = unpruned.of(whole)[test] - right
+        yield Measurement("pruning_loss", **mean_interval(lost).fields, n=len(lost), **fields), lost
 
 
 def _pooled(vlm: Vlm, loader: Loader, pruning: Pruning, layers: list[int], done: Sequence[int]) -> dict[int, Tensor]:

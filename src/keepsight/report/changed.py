@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keepsight.report.curves import Run
-from keepsight.report.metrics import write_difference, write_interval, write_number
+from keepsight.report.metrics import difference_parts, write_number
 from keepsight.report.pictures import Picture, show
 from keepsight.results import AnswerRecord, Example
 from keepsight.results.changes import Change, Pair, changes
@@ -127,6 +127,7 @@ def _line(change: Change, every: Sequence[Change]) -> Line:
     several = len({line.task for line in every}) > 1
     whole = change.task if several else "all questions"
     peers = [line for line in every if bool(line.type) == bool(change.type)]
+    number, interval = difference_parts(metric, found.value or 0.0, found.low, found.high)
     longest = max(1, *(len(pairs) for line in peers for pairs in (line.only_before, line.only_after)))
     return Line(
         title=change.type or whole,
@@ -134,8 +135,8 @@ def _line(change: Change, every: Sequence[Change]) -> Line:
         questions=change.questions,
         before=write_number(metric, change.before),
         after=write_number(metric, change.after),
-        difference=write_difference(metric, found.value or 0.0, None, None),
-        interval=write_interval(metric, found.low, found.high),
+        difference=number,
+        interval=interval,
         told=found.told,
         only_before=len(change.only_before),
         only_after=len(change.only_after),

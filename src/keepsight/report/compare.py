@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 
 from keepsight.report.curves import Run, Series, apart, open_runs
 from keepsight.report.findings import difference
-from keepsight.report.metrics import write_difference, write_interval, write_number
+from keepsight.report.metrics import control_of, difference_parts, write_interval, write_number, write_sample
 from keepsight.results import LoadedRun, Measurement
 from keepsight.results.arms import Over, pool
 from keepsight.results.gate import Condition, verdict
 from keepsight.results.intervals import Estimate
 from keepsight.results.trend import ATTRIBUTION
 
-PRUNED = ("probe_accuracy_pruned",)  # metrics whose variants tell what was done to the model
+PRUNED = ("probe_accuracy_pruned", "pruning_loss")  # metrics whose variants tell what was done to the model
 
 
 def differences(arms: Sequence[Sequence[LoadedRun]]) -> list[Measurement]:
@@ -95,7 +95,11 @@ def _rows(condition: Condition, run: Run) -> Iterator[tuple[Series, Measurement]
         if headline is None or condition.target not in (None, target):
             continue
         # Prunings are no variants of one number: none of them stands for the others.
-        alike = [s for s in run.select(condition.metric) if s.target == target] if condition.metric in PRUNED else []
+        alike = [
+            series
+            for series in run.select(condition.metric)
+            if condition.metric in PRUNED and series.target == target and control_of(series.variant) is None
+        ]
         for series in alike or [headline]:
             curve = run.curves[series]
             if (row := curve.get(_layer(condition, run, curve))) is not None:
@@ -135,9 +139,12 @@ def _lacking(condition: Condition, base: Run, runs: Sequence[Run]) -> str:
 def _told(run: Run, row: Measurement, found: Estimate, outcome: str, delta: bool) -> str:
     if found.value is None:
         return f"{run.label}, {_name(row)}: {outcome}, no value ({row.note or found.note})"
-    interval = write_interval(row.metric, found.low, found.high) or "without an interval"
-    number = write_difference(row.metric, found.value, None, None) if delta else write_number(row.metric, found.value)
-    return f"{run.label}, {_name(row)}: {outcome}, {number} {interval}"
+    if delta:
+        number, interval = difference_parts(row.metric, found.value, found.low, found.high)
+    else:
+        number, interval = write_number(row.metric, found.value), write_interval(row.metric, found.low, found.high)
+    sample = f" ({sample})" if (sample := write_sample(row)) else ""
+    return f"{run.label}, {_name(row)}: {outcome}, {number} {interval or 'without an interval'}{sample}"
 
 
 def _name(row: Measurement) -> str:

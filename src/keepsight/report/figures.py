@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keepsight.report.curves import Run, apart, open_runs
-from keepsight.report.metrics import ATTRIBUTION, SECTIONS
-from keepsight.report.panels import Panel, draw_section
+from keepsight.report.metrics import ATTRIBUTION
+from keepsight.report.panels import LAYER, Panel, draw_section
+from keepsight.report.pruned import draw_sections
 from keepsight.results import LoadedRun, RunDirectory
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def figures(
     variant: str | None = None,
     tokens: str = "all",
 ) -> dict[str, Figure]:
-    """Every curve by layer that a report of `runs` shows: metric, or "metric, target", → a Matplotlib figure.
+    """Every curve that a report of `runs` shows: metric, or "metric, target", → a Matplotlib figure.
 
-    Runs are overlaid (attributions, as r by layer, among themselves), with their 95 % intervals, their controls dotted,
-    chance dashed, and the layer of PRe marked.
+    By layer or, under pruning, by the share of visual tokens kept. Runs are overlaid (attributions, as r by layer,
+    among themselves), with their 95 % intervals, their controls dotted, chance dashed, and the layer of PRe marked.
     The figures are no part of pyplot and need no closing: `figures(runs)["gap"].savefig("gap.pdf")`.
 
     Args:
@@ -45,14 +46,10 @@ def figures(
     except ImportError as cause:
         raise ImportError('figures need Matplotlib; it is not installed: pip install "keepsight[figures]"') from cause
     opened = open_runs(runs)
-    runs_of = dict(zip((SECTIONS, (ATTRIBUTION,)), apart(opened), strict=True))
-    panels = [
-        (panel, shown)
-        for sections, shown in runs_of.items()
-        for section in sections
-        if (drawn := draw_section(shown, section))
-        for panel in drawn.panels
-    ]
+    models, attributions = apart(opened)
+    paid = draw_section(attributions, ATTRIBUTION)
+    panels = [(panel, models) for section in draw_sections(models) for panel in section.panels]
+    panels += [(panel, attributions) for panel in (paid.panels if paid else [])]
     known = list(dict.fromkeys(panel.metric for panel, _ in panels))
     if unknown := [name for name in metrics or () if name not in known]:
         raise ValueError(f"no run has a curve of {unknown[0]!r}; there are curves of {', '.join(known) or 'nothing'}")
@@ -86,14 +83,15 @@ def _draw(axes: Any, runs: Sequence[Run], panel: Panel, view: dict[str, Any]) ->
         else:
             axes.fill_between(line["x"], scaled(line["low"]), scaled(line["high"]), color=ink, alpha=0.15, lw=0)
             axes.plot(line["x"], scaled(line["y"]), color=ink, lw=1.4, marker=marker, ms=3, label=runs[number].label)
-    for layer in dict.fromkeys(run.pre_layer for run in runs if run.pre_layer is not None):
+    marked = runs if panel.axis == LAYER else []
+    for layer in dict.fromkeys(run.pre_layer for run in marked if run.pre_layer is not None):
         number = next(number for number, run in enumerate(runs) if run.pre_layer == layer)
         axes.axvline(layer, color=INKS[number % len(INKS)], lw=0.8, ls=":")
         axes.annotate("PRe", (layer, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
     details = [view["variant"], "" if view["tokens"] == "all" else view["tokens"]]
     label = ", ".join(filter(None, [panel.title, *details])) + (" (%)" if panel.percent else "")
     axes.set_ylabel(label, fontsize=8, parse_math=False)  # names from a run are no formulas
-    axes.set_xlabel("layer", fontsize=8)
+    axes.set_xlabel(panel.axis, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -37,6 +37,7 @@ METRICS = {
     ),
     "probe_worst_layer": Metric("Probe drop at the worst layer", percent=True),
     "probe_accuracy_pruned": Metric("Probe accuracy, tokens pruned", percent=True),
+    "pruning_loss": Metric("Accuracy lost to pruning", percent=True),
     "cohesion": Metric("Cohesion", "Mean cosine between patches of one object"),
     "coupling": Metric("Coupling", "Mean cosine between an object's patches and all others"),
     "gap": Metric("Gap", "Cohesion − coupling: how far an object's patches stand out"),
@@ -96,6 +97,14 @@ SECTIONS = (
         "way up.",
         ("probe_accuracy",),
         more_title="Further label sets",
+    ),
+    Section(
+        "pruned",
+        "What is left when tokens are pruned",
+        "Pruning",
+        "The same probes on the visual tokens that are kept when the others are dropped on the way, as methods that "
+        "make inference cheaper do. At 100 % it is the probe without pruning.",
+        ("probe_accuracy_pruned",),
     ),
     Section(
         "fidelity",
@@ -163,10 +172,13 @@ ATTRIBUTION = Section(
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
 # Drawn as thin lines under the metric's own.
 CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
-NULL_VARIANTS = ("random weights",)  # alone, or after the variant that they are the null of: "raw, random weights"
+NULL_VARIANTS = ("random weights",)
+# Both stand alone, or after the variant that they belong to: "raw, random weights".
 
 # Targets of structure rows that are of some objects only: their first metric's figures are folded away.
 PARTS, PARTS_TITLE = "objects: ", "By size and class of the objects"
+
+MOST_DIGITS = 8
 
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
@@ -181,7 +193,7 @@ def control_of(variant: str) -> str | None:
     """The variant that a control belongs to; "" for any; None where it is no control."""
     if variant in CONTROL_VARIANTS:
         return ""
-    for null in NULL_VARIANTS:
+    for null in (*NULL_VARIANTS, *CONTROL_VARIANTS):
         if variant == null or variant.endswith(f", {null}"):
             return variant.removesuffix(null).removesuffix(", ")
     return None
@@ -204,12 +216,20 @@ def write_number(name: str, value: float | None) -> str:
 
 def write_interval(name: str, low: float | None, high: float | None) -> str:
     """The interval of metric `name`, "[84.1, 90.0]", or nothing."""
+    scale, digits = _scale(name)
+    return _interval(low, high, scale, digits)
+
+
+def _interval(low: float | None, high: float | None, scale: int, digits: int) -> str:
     if low is None or high is None:
         return ""
-    shown = metric(name)
-    scale, digits = (100, 1) if shown.percent else (1, shown.digits)
     ends = (_typographic(f"{scale * end:.{digits}f}") for end in (low, high))
     return f"[{', '.join(ends)}]"
+
+
+def _scale(name: str) -> tuple[int, int]:
+    shown = metric(name)
+    return (100, 1) if shown.percent else (1, shown.digits)
 
 
 def write_value(row: Measurement) -> str:
@@ -219,10 +239,17 @@ def write_value(row: Measurement) -> str:
 
 def write_difference(name: str, value: float, low: float | None, high: float | None) -> str:
     """A difference of metric `name` with its interval: "+4.1 points [1.0, 7.2]"."""
-    shown = metric(name)
-    text = f"{100 * value:+.1f} points" if shown.percent else f"{value:+.{shown.digits}f}"
-    interval = write_interval(name, low, high)
-    return f"{_typographic(text)} {interval}" if interval else _typographic(text)
+    return " ".join(filter(None, difference_parts(name, value, low, high)))
+
+
+def difference_parts(name: str, value: float, low: float | None, high: float | None) -> tuple[str, str]:
+    """The same as number and interval, with so many digits that one which leaves zero out is seen to."""
+    scale, digits = _scale(name)
+    nearest = 0.0 if low is None or high is None or low * high <= 0 else scale * min(abs(low), abs(high))
+    while nearest and digits < MOST_DIGITS and not float(f"{nearest:.{digits}f}"):
+        digits += 1
+    number = _typographic(f"{scale * value:+.{digits}f}") + (" points" if metric(name).percent else "")
+    return number, _interval(low, high, scale, digits)
 
 
 def write_sample(row: Measurement) -> str:

@@ -15,8 +15,8 @@ from keepsight.report.changed import changed
 from keepsight.report.curves import Run, apart
 from keepsight.report.evidence import answer_block, evidence
 from keepsight.report.explorer import gather
-from keepsight.report.metrics import SECTIONS, write_interval, write_number, write_sample
-from keepsight.report.panels import draw_section
+from keepsight.report.metrics import write_interval, write_number, write_sample
+from keepsight.report.pruned import draw_sections
 from keepsight.report.tables import Line, answers, others, said, summary
 
 COLOURS = 6  # in report.css; further runs start again from the first
@@ -27,12 +27,12 @@ def render(opened: Sequence[Run], title: str, verdict: str) -> str:
     runs, attributions = apart(opened)
     paid = attribution(attributions, len(runs))
     everyone = [*runs, *attributions]
-    sections = [figures for section in SECTIONS if (figures := draw_section(runs, section))]
+    sections = draw_sections(runs)
     shown, words = gather(runs)
     data = {
         "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in everyone],
         "panels": {
-            panel.id: {"percent": panel.percent, "shared": panel.shared, "views": panel.views}
+            panel.id: {"percent": panel.percent, "shared": panel.shared, "views": panel.views, "axis": panel.axis}
             for section in sections
             for panel in section.panels
         }

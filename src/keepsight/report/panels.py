@@ -25,6 +25,7 @@ from keepsight.report.metrics import (
 )
 from keepsight.results import Measurement
 
+LAYER = "layer"  # what the horizontal axis of most figures tells
 OPEN = 9  # figures of a group that are open to the eye; further ones are folded away
 
 
@@ -43,7 +44,8 @@ class Panel:
     gaps: str  # which layers have no value, and why
     csv: str  # a data URI
     sample: str  # n and seed where they are the same at every layer of the opening view
-    numbers: list[dict[str, Any]]  # the opening view as a table: layer and one text a run
+    numbers: list[dict[str, Any]]  # the opening view as a table: where on the axis, and one text a run
+    axis: str = LAYER
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
             if control in run.curves
         ]
         if name == "probe_accuracy":
-            lines += _chance(runs, target, series.tokens)
+            lines += chance(runs, target, series.tokens)
         views.append({"variant": series.variant, "tokens": series.tokens, "lines": lines})
     opening = next((run.headline(name, target) for run in runs if run.headline(name, target)), main[0])
     assert opening is not None
@@ -204,12 +206,16 @@ def preferred_of(views: Sequence[dict[str, Any]]) -> str:
 
 def line_of(number: int, run: Run, series: Series, role: str) -> dict[str, Any]:
     """A series of a run as report.js draws it; the run is told by its `number`."""
-    layers = sorted((layer, row) for layer, row in run.curves[series].items() if layer is not None)
-    rows = [row for _, row in layers]
+    return line(number, sorted((layer, row) for layer, row in run.curves[series].items() if layer is not None), role)
+
+
+def line(number: int, points: Sequence[tuple[float, Measurement]], role: str) -> dict[str, Any]:
+    """The same of rows at any places of the axis."""
+    rows = [row for _, row in points]
     return {
         "run": number,
         "role": role,
-        "x": [layer for layer, _ in layers],
+        "x": [place for place, _ in points],
         "y": [row.value for row in rows],
         "low": [row.low if row.low is not None else row.value for row in rows],
         "high": [row.high if row.high is not None else row.value for row in rows],
@@ -218,12 +224,13 @@ def line_of(number: int, run: Run, series: Series, role: str) -> dict[str, Any]:
 
 
 def _hover(row: Measurement) -> str:
+    """The number of a row, its interval and its sample."""
     parts = (write_number(row.metric, row.value), write_interval(row.metric, row.low, row.high), write_sample(row))
     return "  ".join(part for part in parts if part)
 
 
-def _chance(runs: Sequence[Run], target: str, tokens: str) -> list[dict[str, Any]]:
-    """A flat line at chance level; one for all runs where they agree."""
+def chance(runs: Sequence[Run], target: str, tokens: str, end: int | None = None) -> list[dict[str, Any]]:
+    """A flat line at chance level, to the last layer or the `end` given; one for all runs where they agree."""
     levels: dict[float, dict[str, Any]] = {}
     for number, run in enumerate(runs):
         for series in run.select("probe_chance"):
@@ -231,7 +238,7 @@ def _chance(runs: Sequence[Run], target: str, tokens: str) -> list[dict[str, Any
                 continue
             for row in run.curves[series].values():
                 if row.value is not None and row.value not in levels:
-                    ends = {"x": [0, run.depth], "y": [row.value] * 2}
+                    ends = {"x": [0, run.depth if end is None else end], "y": [row.value] * 2}
                     levels[row.value] = {"run": number, "role": "chance", **ends, "text": [_hover(row)] * 2}
     return list(levels.values())
 

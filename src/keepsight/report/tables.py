@@ -16,8 +16,8 @@ from keepsight.report.metrics import (
     PARTS,
     SECTIONS,
     control_of,
+    difference_parts,
     metric,
-    write_difference,
     write_interval,
     write_number,
     write_sample,
@@ -26,7 +26,7 @@ from keepsight.results import LoadedRun, Measurement, RunDirectory
 from keepsight.results.tasks import ANSWER_METRICS
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens", "attribution")  # for the terminal
-_ALL_VARIANTS = ("gap",)  # the headline of the patch structure: raw and centred side by side
+_ALL_VARIANTS = ("gap", "probe_accuracy_pruned")  # raw and centred, and all prunings, side by side
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Line:
     values: tuple[Cell, ...]  # one a run
     differences: tuple[Cell, ...]  # one a run after the first
     sample: str
+    n: str  # the same without the seed
     group: str = ""  # "asked", "never asked" or not declared
 
 
@@ -155,7 +156,19 @@ def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str 
         cells += [_rich(cell, style="bold" if cell.told else "dim") for cell in line.differences]
         grid.add_row(*cells, end_section=following is None or following.title != line.title)
         previous = line.title
+    grid.caption, grid.caption_justify = Text(_counts(lines), style="dim"), "left"
     return grid
+
+
+def _counts(lines: Sequence[Line]) -> str:
+    """ "n = 120 images (Probe accuracy), 4,096 tokens (Participation ratio)", without names where all are of as many."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.n:
+            found.setdefault(line.n, []).append(line.title.partition(",")[0])
+    if len(found) < 2:
+        return f"n = {next(iter(found))}" if found else ""
+    return "n = " + ", ".join(f"{n} ({', '.join(dict.fromkeys(names))})" for n, names in found.items())
 
 
 def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]:
@@ -200,6 +213,8 @@ def _line(
         for row in rows
     )
     samples = dict.fromkeys(write_sample(row) for row in rows if row)
+    counted = [row for row in rows if row and row.n is not None]
+    counts = dict.fromkeys(f"{row.n:,} {row.unit}" for row in counted)
     first = rows[0]
     differences = []
     for run, row in zip(runs[1:], rows[1:], strict=True):
@@ -207,9 +222,9 @@ def _line(
         if found is None or found.value is None:
             differences.append(Cell("–", told=False))
             continue
-        number, interval = write_difference(name, found.value, None, None), write_interval(name, found.low, found.high)
+        number, interval = difference_parts(name, found.value, found.low, found.high)
         differences.append(Cell(number, interval, told=found.told))
-    return Line(title, place, values, tuple(differences), "; ".join(samples), group)
+    return Line(title, place, values, tuple(differences), "; ".join(samples), " and ".join(counts), group)
 
 
 def _rich(cell: Cell, style: str = "") -> Text:

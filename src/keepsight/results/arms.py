@@ -11,17 +11,54 @@ import numpy as np
 from keepsight.results.intervals import Estimate, mean_interval
 from keepsight.results.loaded import LoadedRun
 from keepsight.results.measurement import Key, Measurement
-from keepsight.results.per_image import PerImage
+from keepsight.results.per_image import PerImage, merged
 
 Over = Literal["seeds", "images"]
 
 
 def arms(runs: Sequence[LoadedRun]) -> list[list[LoadedRun]]:
-    """Runs of one label together, labels in the order in which they first appear."""
+    """Runs of one label together, labels in the order in which they first appear; what `joined` joins is one run."""
     found: dict[str, list[LoadedRun]] = {}
-    for run in runs:
+    for run in joined(runs):
         found.setdefault(run.label, []).append(run)
     return list(found.values())
+
+
+def joined(runs: Sequence[LoadedRun]) -> list[LoadedRun]:
+    """The runs, those of one label and the same weights that hold different numbers as one: a model's diagnosis and
+    its evaluation."""
+    found: list[LoadedRun] = []
+    for run in runs:
+        at = next((number for number, other in enumerate(found) if _complement(other, run)), None)
+        if at is None:
+            found.append(run)
+        else:
+            found[at] = _join(found[at], run)
+    return found
+
+
+def _complement(one: LoadedRun, other: LoadedRun) -> bool:
+    weights = [(run.info.get("model") or {}).get("fingerprint") for run in (one, other)]
+    if one.label != other.label or not weights[0] or weights[0] != weights[1] or (one.answers and other.answers):
+        return False
+    return not {row.key for row in one.rows} & {row.key for row in other.rows}
+
+
+def _join(one: LoadedRun, other: LoadedRun) -> LoadedRun:
+    """What both tell, as the one with layers tells it."""
+    main, more = (one, other) if one.info.get("depth") else (other, one)
+    kept = [run.per_image for run in (main, more) if run.per_image is not None]
+    commands = [str(run.info["command"]) for run in (main, more) if run.info.get("command")]
+    return LoadedRun(
+        main.label,
+        [*main.rows, *more.rows],
+        {**more.info, **main.info, **({"command": "\n".join(commands)} if commands else {})},
+        "---\n".join(filter(None, (main.config, more.config))),
+        main.examples or more.examples,
+        merged(kept) if kept else None,
+        main.answers or more.answers,
+        main.thumbnails or more.thumbnails,
+    )
 
 
 def pool(runs: Sequence[LoadedRun], over: Over = "seeds") -> LoadedRun:

@@ -180,6 +180,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def share_row(metric: str, right: np.ndarray, **fields: Any) -> Measurement:
+    """The share of right answers, bool [n_test], with its Wilson interval; the row's other fields as given."""
+    low, high = wilson(int(right.sum()), len(right))
+    return Measurement(metric, float(right.mean()), low=low, high=high, n=len(right), **fields)
+
+
 def drop_with_interval(
     first: np.ndarray, layer: np.ndarray, majority: np.ndarray, seed: int
 ) -> tuple[float, float, float]:
@@ -213,28 +219,26 @@ def probe_rows(
     middle: the layer of probe_drop, None if it was not captured; tokens: those of the features; said: layer → a note
     on its features. Chance, which no features change, has a row for all tokens only.
     """
-    n = probe.correct.shape[1]
-    common: dict[str, Any] = {"n": n, "target": target, "seed": seed, "tokens": tokens}
-
-    def share(metric: str, answers: np.ndarray, **fields: Any) -> tuple[Measurement, np.ndarray]:
-        low, high = wilson(int(answers.sum()), n)
-        return Measurement(metric, float(answers.mean()), low=low, high=high, **common, **fields), answers
-
+    common: dict[str, Any] = {"target": target, "seed": seed, "tokens": tokens}
     rows: list[tuple[Measurement, np.ndarray | None]] = []
+
+    def share(metric: str, answers: np.ndarray, **fields: Any) -> None:
+        rows.append((share_row(metric, answers, **common, **fields), answers))
+
     if tokens == "all":
-        rows.append(share("probe_chance", probe.majority, note="most frequent training class"))
+        share("probe_chance", probe.majority, note="most frequent training class")
     for i, layer in enumerate(probe.layers):
         note = "; ".join(filter(None, [f"L2 {probe.l2[i]:.2g}", (said or {}).get(layer)]))
-        rows.append(share("probe_accuracy", probe.correct[i], layer=layer, note=note))
+        share("probe_accuracy", probe.correct[i], layer=layer, note=note)
         note = f"L2 {probe.shuffled_l2[i]:.2g}"
-        rows.append(share("probe_accuracy", probe.shuffled[i], layer=layer, variant=SHUFFLED, note=note))
+        share("probe_accuracy", probe.shuffled[i], layer=layer, variant=SHUFFLED, note=note)
     later = [i for i, layer in enumerate(probe.layers) if layer > 0]
     wanted = {"probe_drop": probe.layers.index(middle)} if middle in probe.layers else {}
     if later:
         # Ties go to the earlier layer; the choice never sees the test split.
         wanted["probe_worst_layer"] = later[int(np.argmin(probe.validation[later]))]
     for metric, i in wanted.items():
-        rows.append(_drop_row(probe, metric, i, common))
+        rows.append(_drop_row(probe, metric, i, {"n": probe.correct.shape[1], **common}))
     return rows
 
 

@@ -69,10 +69,11 @@
   });
 
   function layout(panel, view, scale, target) {
-    const depth = Math.max(...data.runs.map((run) => run.depth), 1);
+    const byLayer = panel.axis === "layer";
+    const depth = byLayer ? Math.max(...data.runs.map((run) => run.depth), 1) : 100;
     const step = [1, 2, 4, 5, 10, 20].find((size) => depth / size <= 9) || 40;
     const shapes = [], annotations = [];
-    const drawn = [...new Set(view.lines.filter((line) => line.role === "run").map((line) => line.run))];
+    const drawn = [...new Set(view.lines.filter((line) => byLayer && line.role === "run").map((line) => line.run))];
     const marks = [...new Set(drawn.map((number) => data.runs[number].preLayer).filter((layer) => layer !== null))];
     for (const layer of marks) {
       const number = drawn.find((number) => data.runs[number].preLayer === layer);
@@ -87,7 +88,7 @@
     const nothing = view.lines.every((line) => line.y.every((value) => !value)); // left to itself the axis has 0 halfway
     return {
       ...frame(target), shapes, annotations, hovermode: "x unified",
-      xaxis: { ...axis(), range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: "layer", font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: "layer %{x}" } },
+      xaxis: { ...axis(), range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: panel.axis, font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: byLayer ? "layer %{x}" : "%{x} % kept" } },
       yaxis: { ...axis(), range: range || (nothing ? [-0.06, 1] : undefined), zeroline: Boolean(panel.range), zerolinecolor: colour("--faint"), zerolinewidth: 1, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
     };
   }
