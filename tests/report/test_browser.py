@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from keepsight.report import build
+from keepsight.report.pruned import KEPT
 from keepsight.results import LoadedRun, SimilarityMap
+from keepsight.vlm.pruning import Pruning
 from tests.report.answers import sample_answers
 from tests.report.browser import Tab, screenshot
 from tests.report.sample import sample_run, with_spectra
 from tests.report.test_page import HOSTILE, hostile_run
+from tests.report.test_pruned import run as pruned_run
 
 pytestmark = pytest.mark.slow
 
@@ -177,6 +180,32 @@ def test_a_variant_is_chosen_for_the_figures_that_have_it(opened: Callable[..., 
     page.locator("#spectrum input[value=raw] + span").click()
     assert headings() == ["correlation", "raw"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_pruning_is_drawn_by_the_share_of_tokens_kept(opened: Callable[..., Tab], tmp_path: Path) -> None:
+    half, few = Pruning(1, 0.5), Pruning(1, 0.125)
+    runs = [
+        pruned_run("base", {few: {2: 0.4}, half: {2: 0.7}}),
+        pruned_run("with PRe", {few: {2: 0.6}, half: {2: 0.75}}),
+    ]
+    page = opened(build(runs, tmp_path / "r.html")).page
+    plot = page.locator("#figure-pruned-probe_accuracy_pruned-0 .plot")
+    plot.scroll_into_view_if_needed()
+    title = plot.locator(".xtitle")
+    assert title.text_content() == KEPT
+    assert plot.locator(".xtick text").all_text_contents()[-1] == "100"
+    drawn = plot.evaluate("(plot) => plot.data.filter((line) => line.marker).map((line) => [line.x, line.y])")
+    assert drawn == [[[12.5, 50, 100], [40, 70, 80]], [[12.5, 50, 100], [60, 75, 80]]]
+    assert "PRe" not in plot.locator(".annotation-text").all_text_contents()
+    page.mouse.move(*centre(plot))
+    page.wait_for_selector(".hoverlayer .legend")
+    assert "50 % kept" in plot.locator(".hoverlayer").text_content()
+    screenshot(page, "pruned")
+
+
+def centre(locator: Any) -> tuple[float, float]:
+    box = locator.bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
 def test_numbers_of_a_figure_have_its_whole_width(opened: Callable[..., Tab], report: Path) -> None:

@@ -68,11 +68,7 @@ class Attribution:
     def panels(self) -> dict[str, dict[str, Any]]:
         """The figures' data by id."""
         groups = (*self.groups, *self.more)
-        curves = {
-            panel.id: {"percent": False, "shared": False, "range": [-1.05, 1.05], "views": panel.views}
-            for group in groups
-            for panel in group.curves
-        }
+        curves = {panel.id: panel.data | {"range": [-1.05, 1.05]} for group in groups for panel in group.curves}
         return curves | {scatter.id: scatter.data for group in groups for scatter in group.scatters}
 
 

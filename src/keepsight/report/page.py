@@ -31,11 +31,7 @@ def render(opened: Sequence[Run], title: str, verdict: str) -> str:
     shown, words = gather(runs)
     data = {
         "runs": [{"label": run.label, "preLayer": run.pre_layer, "depth": run.depth} for run in everyone],
-        "panels": {
-            panel.id: {"percent": panel.percent, "shared": panel.shared, "views": panel.views, "axis": panel.axis}
-            for section in sections
-            for panel in section.panels
-        }
+        "panels": {panel.id: panel.data for section in sections for panel in section.panels}
         | (paid.panels if paid else {}),
         "attribution": paid.data if paid else None,
         "pictures": [

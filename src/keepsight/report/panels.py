@@ -47,6 +47,11 @@ class Panel:
     numbers: list[dict[str, Any]]  # the opening view as a table: where on the axis, and one text a run
     axis: str = LAYER
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What report.js draws it from."""
+        return {"percent": self.percent, "shared": self.shared, "axis": self.axis, "views": self.views}
+
 
 @dataclass(frozen=True)
 class Group:

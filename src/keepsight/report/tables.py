@@ -161,7 +161,7 @@ def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str 
 
 
 def _counts(lines: Sequence[Line]) -> str:
-    """ "n = 120 images (Probe accuracy), 4,096 tokens (Participation ratio)", without names where all are of as many."""
+    """ "n = 120 images (Probe accuracy), 4,096 tokens (Sink tokens)", without names where all are of as many."""
     found: dict[str, list[str]] = {}
     for line in lines:
         if line.n:
