@@ -45,8 +45,8 @@ def test_points_rise_to_the_probe_without_pruning(runs):
     (panel,) = pruned.panels
     assert (panel.axis, panel.title, panel.percent) == (KEPT, "texture", True)
     first, second = panel.views
-    assert first["variant"] == "attention after layer 1, read at layer 2"
-    assert second["variant"] == "random after layer 1, read at layer 2"
+    assert first["variant"] == "attention after layer 1, read at 2"
+    assert second["variant"] == "random after layer 1, read at 2"
     assert [choice.variants for choice in pruned.choices] == [[first["variant"], second["variant"]]]
     lines = {(line["run"], line["role"]): line for line in first["lines"]}
     assert (lines[0, "run"]["x"], lines[0, "run"]["y"]) == ([12.5, 50.0, 100.0], [0.4, 0.7, 0.8])
@@ -58,7 +58,14 @@ def test_points_rise_to_the_probe_without_pruning(runs):
     assert [line["layer"] for line in panel.numbers] == ["12.5", "50", "100"]
     assert [cell[:6] for cell in panel.numbers[0]["cells"]] == ["40.0 %", "–"]
     table = list(csv.DictReader(io.StringIO(unquote(panel.csv.partition(",")[2]))))
-    assert {(row["run"], row["variant"]) for row in table} >= {("with PRe", "attention, 50% after layer 1")}
+    told = {(row["run"], row["metric"], row["variant"]): row["value"] for row in table if row["run"] == "with PRe"}
+    assert told == {
+        ("with PRe", "probe_accuracy_pruned", "attention, 50% after layer 1"): "0.75",
+        ("with PRe", "probe_accuracy_pruned", "attention, 50% after layer 1, shuffled labels"): "0.26",
+        ("with PRe", "probe_accuracy", ""): "0.8",
+        ("with PRe", "probe_accuracy", "shuffled labels"): "0.24",
+    }
+    assert panel.sample == "n = 50 images"
 
 
 def test_without_pruning_there_is_no_such_section(runs):

@@ -114,11 +114,16 @@ def draw_section(runs: Sequence[Run], section: Section) -> Figures | None:
     more = [Group(title, group) for title, group in ((section.more_title, folded), (PARTS_TITLE, parts)) if group]
     if not grouped and not more:
         return None
-    order = [group for group in (NEVER_ASKED, ASKED) if group in grouped]
-    order += [group for group in grouped if group not in order]
-    groups = [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
+    groups = in_groups(grouped)
     panels = [panel for group in (*groups, *more) for panel in group.panels]
     return Figures(section, groups, more, _choices(panels), _tokens(panels))
+
+
+def in_groups(grouped: Mapping[str, list[Panel]]) -> list[Group]:
+    """Group → panels, what was never asked about first."""
+    order = [group for group in (NEVER_ASKED, ASKED) if group in grouped]
+    order += [group for group in grouped if group not in order]
+    return [Group(GROUP_TITLES.get(group, group), grouped[group]) for group in order]
 
 
 def _tokens(panels: Sequence[Panel]) -> list[str]:
@@ -211,10 +216,12 @@ def preferred_of(views: Sequence[dict[str, Any]]) -> str:
 
 def line_of(number: int, run: Run, series: Series, role: str) -> dict[str, Any]:
     """A series of a run as report.js draws it; the run is told by its `number`."""
-    return line(number, sorted((layer, row) for layer, row in run.curves[series].items() if layer is not None), role)
+    return line_of_points(
+        number, sorted((layer, row) for layer, row in run.curves[series].items() if layer is not None), role
+    )
 
 
-def line(number: int, points: Sequence[tuple[float, Measurement]], role: str) -> dict[str, Any]:
+def line_of_points(number: int, points: Sequence[tuple[float, Measurement]], role: str) -> dict[str, Any]:
     """The same of rows at any places of the axis."""
     rows = [row for _, row in points]
     return {
@@ -224,11 +231,12 @@ def line(number: int, points: Sequence[tuple[float, Measurement]], role: str) ->
         "y": [row.value for row in rows],
         "low": [row.low if row.low is not None else row.value for row in rows],
         "high": [row.high if row.high is not None else row.value for row in rows],
-        "text": [_hover(row) for row in rows],
+        "text": [hover(row) for row in rows],
     }
 
 
-def _hover(row: Measurement) -> str:
+def hover(row: Measurement) -> str:
+    """A row's number, interval and sample."""
     """The number of a row, its interval and its sample."""
     parts = (write_number(row.metric, row.value), write_interval(row.metric, row.low, row.high), write_sample(row))
     return "  ".join(part for part in parts if part)
@@ -244,7 +252,7 @@ def chance(runs: Sequence[Run], target: str, tokens: str, end: int | None = None
             for row in run.curves[series].values():
                 if row.value is not None and row.value not in levels:
                     ends = {"x": [0, run.depth if end is None else end], "y": [row.value] * 2}
-                    levels[row.value] = {"run": number, "role": "chance", **ends, "text": [_hover(row)] * 2}
+                    levels[row.value] = {"run": number, "role": "chance", **ends, "text": [hover(row)] * 2}
     return list(levels.values())
 
 
@@ -265,20 +273,29 @@ def _missing(runs: Sequence[Run], series: Sequence[Series]) -> str:
 def _numbers(runs: Sequence[Run], series: Series) -> list[dict[str, Any]]:
     layers = sorted({layer for run in runs for layer in run.curves.get(series, {}) if layer is not None})
     return [
-        {"layer": layer, "cells": [_hover(row) if (row := run.at(series, layer)) else "–" for run in runs]}
+        {"layer": layer, "cells": [hover(row) if (row := run.at(series, layer)) else "–" for run in runs]}
         for layer in layers
     ]
 
 
 def _sample(runs: Sequence[Run], series: Series) -> str:
     """ "n = 600 images, seed 0", or nothing where it differs between layers or runs (hovering tells it there)."""
-    samples = {write_sample(row) for run in runs for row in run.curves.get(series, {}).values()}
+    return sample_of(row for run in runs for row in run.curves.get(series, {}).values())
+
+
+def sample_of(rows: Iterable[Measurement]) -> str:
+    """The sample of all these rows, or nothing where it differs."""
+    samples = {write_sample(row) for row in rows}
     return samples.pop() if len(samples) == 1 else ""
 
 
 def csv_of(runs: Sequence[Run], series: Sequence[Series]) -> str:
     """All rows of a figure, as `csv_uri` gives them."""
-    rows = ((run, row) for run in runs for item in series for row in run.curves.get(item, {}).values())
+    return csv_of_rows((run, row) for run in runs for item in series for row in run.curves.get(item, {}).values())
+
+
+def csv_of_rows(rows: Iterable[tuple[Run, Measurement]]) -> str:
+    """These rows, as `csv_uri` gives them."""
     columns = ["run", *Measurement.__dataclass_fields__]
     return csv_uri(columns, ({"run": run.label, **asdict(row)} for run, row in rows))
 

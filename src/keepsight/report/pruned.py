@@ -1,19 +1,30 @@
 """Figures of what probes still read by the share of visual tokens kept, beside the sections of curves by layer."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from keepsight.report.curves import Run, Series, target_groups, targets_of
-from keepsight.report.metrics import GROUP_TITLES, SECTIONS, Section, metric
-from keepsight.report.panels import Choice, Figures, Group, Panel, chance, csv_of, draw_section, line
+from keepsight.report.metrics import SECTIONS, Section, metric
+from keepsight.report.panels import (
+    Choice,
+    Figures,
+    Panel,
+    chance,
+    csv_of_rows,
+    draw_section,
+    hover,
+    in_groups,
+    line_of_points,
+    sample_of,
+)
 from keepsight.results import Measurement
 
 PRUNED = "probe_accuracy_pruned"
 KEPT = "visual tokens kept (%)"
 _VARIANT = re.compile(r"(?P<by>\w+), (?P<kept>[\d.]+)% (?P<where>after layer \d+)(, (?P<control>.+))?")
 
-Point = tuple[float, Measurement]  # share kept in %, row
+Points = dict[tuple[str, str], list[tuple[float, Measurement]]]  # (how pruned, the control or "") → share in %, row
 
 
 def draw_sections(runs: Sequence[Run]) -> list[Figures]:
@@ -27,58 +38,39 @@ def _draw_pruned(runs: Sequence[Run], section: Section) -> Figures | None:
     groups: dict[str, list[Panel]] = {}
     for number, target in enumerate(targets_of(runs, PRUNED)):
         points = [_points(run, target) for run in runs]
-        views = [
-            {"variant": variant, "tokens": "all", "lines": _lines(runs, points, target, variant)}
-            for variant in dict.fromkeys(variant for each in points for variant, control in each if not control)
-        ]
-        if views:
-            panel = _panel(runs, section, target, views, f"{section.id}-{PRUNED}-{number}")
+        if any(points):
+            panel = _panel(runs, points, target, f"{section.id}-{PRUNED}-{number}")
             groups.setdefault(target_groups(runs).get(target, ""), []).append(panel)
     if not groups:
         return None
-    variants = list(dict.fromkeys(v["variant"] for group in groups.values() for panel in group for v in panel.views))
-    choices = [Choice("Pruned", variants)] if len(variants) > 1 else []
-    return Figures(
-        section, [Group(GROUP_TITLES.get(g, g), panels) for g, panels in groups.items()], [], choices, ["all"]
-    )
+    found = in_groups(groups)
+    variants = list(dict.fromkeys(view["variant"] for group in found for panel in group.panels for view in panel.views))
+    return Figures(section, found, [], [Choice("Pruned", variants)] if len(variants) > 1 else [], ["all"])
 
 
-def _points(run: Run, target: str) -> dict[tuple[str, str], list[Point]]:
-    """(how it is pruned and read, the control or "") → points by rising share; at 100 % the probe without pruning."""
-    found: dict[tuple[str, str], list[Point]] = {}
+def _points(run: Run, target: str) -> Points:
+    """By rising share; at 100 % the probe without pruning."""
+    found: Points = {}
     for series in run.select(PRUNED):
         told = _VARIANT.fullmatch(series.variant)
         if series.target != target or not told:
             continue
         control = told["control"] or ""
         for layer, row in run.curves[series].items():
-            how = f"{told['by']} {told['where']}, read at layer {layer}"
+            how = f"{told['by']} {told['where']}, read at {layer}"
             points = found.setdefault((how, control), _unpruned(run, Series("probe_accuracy", target, control), layer))
             points.append((float(told["kept"]), row))
     return {key: sorted(dict(points).items()) for key, points in found.items()}
 
 
-def _unpruned(run: Run, series: Series, layer: int | None) -> list[Point]:
+def _unpruned(run: Run, series: Series, layer: int | None) -> list[tuple[float, Measurement]]:
     row = run.at(series, layer)
     return [(100.0, row)] if row else []
 
 
-def _lines(
-    runs: Sequence[Run], points: Sequence[dict[tuple[str, str], list[Point]]], target: str, variant: str
-) -> list[dict[str, Any]]:
-    found = [
-        {**line(number, rows, "control" if control else "run"), "name": control}
-        for number, each in enumerate(points)
-        for (how, control), rows in each.items()
-        if how == variant
-    ]
-    return found + chance(runs, target, "all", 100)
-
-
-def _panel(runs: Sequence[Run], section: Section, target: str, views: list[dict[str, Any]], name: str) -> Panel:
-    every = list(dict.fromkeys(s for run in runs for s in run.select(PRUNED) if s.target == target))
-    opening = {line["run"]: dict(zip(line["x"], line["text"], strict=True)) for line in _of_runs(views[0])}
-    shares = sorted({share for line in opening.values() for share in line})
+def _panel(runs: Sequence[Run], points: Sequence[Points], target: str, name: str) -> Panel:
+    variants = list(dict.fromkeys(how for each in points for how, control in each if not control))
+    opening = [dict(each.get((variants[0], ""), [])) for each in points]
     return Panel(
         id=name,
         metric=PRUNED,
@@ -87,17 +79,25 @@ def _panel(runs: Sequence[Run], section: Section, target: str, views: list[dict[
         help=metric(PRUNED).help,
         percent=True,
         shared=True,
-        views=views,
+        views=[_view(runs, points, target, variant) for variant in variants],
         gaps="",
-        csv=csv_of(runs, every),
-        sample="",
+        csv=csv_of_rows(
+            (run, row) for run, each in zip(runs, points, strict=True) for line in each.values() for _, row in line
+        ),
+        sample=sample_of(row for line in opening for row in line.values()),
         numbers=[
-            {"layer": f"{share:g}", "cells": [opening.get(number, {}).get(share, "–") for number in range(len(runs))]}
-            for share in shares
+            {"layer": f"{share:g}", "cells": [hover(line[share]) if share in line else "–" for line in opening]}
+            for share in sorted({share for line in opening for share in line})
         ],
         axis=KEPT,
     )
 
 
-def _of_runs(view: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return (line for line in view["lines"] if line["role"] == "run")
+def _view(runs: Sequence[Run], points: Sequence[Points], target: str, variant: str) -> dict[str, Any]:
+    lines = [
+        {**line_of_points(number, line, "control" if control else "run"), "name": control}
+        for number, each in enumerate(points)
+        for (how, control), line in each.items()
+        if how == variant
+    ]
+    return {"variant": variant, "tokens": "all", "lines": lines + chance(runs, target, "all", 100)}

@@ -48,7 +48,7 @@ class Line:
     values: tuple[Cell, ...]  # one a run
     differences: tuple[Cell, ...]  # one a run after the first
     sample: str
-    n: str  # the same without the seed
+    counts: tuple[tuple[int, str], ...]  # n and unit of each row
     group: str = ""  # "asked", "never asked" or not declared
 
 
@@ -161,14 +161,18 @@ def table(runs: Sequence[RunDirectory | LoadedRun | Measurement], *, title: str 
 
 
 def _counts(lines: Sequence[Line]) -> str:
-    """ "n = 120 images (Probe accuracy), 4,096 tokens (Sink tokens)", without names where all are of as many."""
-    found: dict[str, list[str]] = {}
+    """ "n = 118 to 121 images (Probe accuracy), 4,096 tokens (Sink tokens)"; no names where all are of as many."""
+    counts: dict[tuple[str, str], set[int]] = {}
     for line in lines:
-        if line.n:
-            found.setdefault(line.n, []).append(line.title.partition(",")[0])
-    if len(found) < 2:
-        return f"n = {next(iter(found))}" if found else ""
-    return "n = " + ", ".join(f"{n} ({', '.join(dict.fromkeys(names))})" for n, names in found.items())
+        for n, unit in line.counts:
+            counts.setdefault((line.title.partition(",")[0], unit), set()).add(n)
+    names: dict[str, list[str]] = {}
+    for (name, unit), found in counts.items():
+        ends = sorted({min(found), max(found)})
+        names.setdefault(" to ".join(f"{end:,}" for end in ends) + f" {unit}", []).append(name)
+    if len(names) < 2:
+        return f"n = {next(iter(names))}" if names else ""
+    return "n = " + ", ".join(f"{text} ({', '.join(named)})" for text, named in names.items())
 
 
 def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]:
@@ -213,8 +217,7 @@ def _line(
         for row in rows
     )
     samples = dict.fromkeys(write_sample(row) for row in rows if row)
-    counted = [row for row in rows if row and row.n is not None]
-    counts = dict.fromkeys(f"{row.n:,} {row.unit}" for row in counted)
+    counts = tuple((row.n, row.unit) for row in rows if row and row.n is not None)
     first = rows[0]
     differences = []
     for run, row in zip(runs[1:], rows[1:], strict=True):
@@ -224,7 +227,7 @@ def _line(
             continue
         number, interval = difference_parts(name, found.value, found.low, found.high)
         differences.append(Cell(number, interval, told=found.told))
-    return Line(title, place, values, tuple(differences), "; ".join(samples), " and ".join(counts), group)
+    return Line(title, place, values, tuple(differences), "; ".join(samples), counts, group)
 
 
 def _rich(cell: Cell, style: str = "") -> Text:

@@ -16,6 +16,7 @@ from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.language import questions
 from keepsight.testbed.models import LAYERS_AT_WORK
 from keepsight.testbed.scenes import ASKED, UNASKED, Scene
+from keepsight.vlm.pruning import Pruning
 
 TARGETS = {**dict.fromkeys(ASKED, "asked"), **dict.fromkeys(UNASKED, "never asked")}
 
@@ -43,6 +44,8 @@ def look_inside(
         batch_size=32,
         seed=seed,
         targets=TARGETS,
+        nulls="random_weights",
+        prunings=[Pruning(2, keep) for keep in (0.5, 0.25, 0.1)],
         pre_layer=arm.info["pre_layer"],
         label_run=arm.label,
         progress=False,
