@@ -113,6 +113,17 @@ def test_fsdp2_through_accelerate_trains_like_one_process(tmp_path, mode, settin
 
 
 @pytest.mark.slow
+def test_a_trainer_that_cannot_be_changed_under_fsdp2(tmp_path):
+    """The layers to shard are named by its user: accelerate does not find all classes that the model itself names."""
+    environment = launched("fsdp2", mixed_precision="no") | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    one, two = run(1, "injected", tmp_path / "one.json"), run(2, "injected", tmp_path / "two.json", **environment)
+    assert (one["sharded"], two["sharded"]) == (False, True)
+    for single, double in zip(one["log"], two["log"], strict=True):
+        for name in ("loss", "grad_norm", "pre_loss", "pre_images", "pre_tokens"):
+            assert double[name] == pytest.approx(single[name], abs=1e-5), name
+
+
+@pytest.mark.slow
 def test_the_head_stays_float32_where_fsdp2_computes_in_bf16(tmp_path):
     """Its own group: in the root's, its weights would be bf16 in the forward."""
     found = run(2, "trainer", tmp_path / "two.json", **launched("fsdp2"))
