@@ -76,6 +76,18 @@ def test_score_is_scikit_learns_on_new_tokens():
     assert running.score(torch.tensor(new), torch.tensor(new_y)) == pytest.approx(expected, abs=1e-9)
 
 
+def test_few_tokens_a_look_are_enough_in_time():
+    """Ten looks of 4 tokens, to which fading would hold the sums, are less than the 48 that 12 dimensions take."""
+    running, scores = RunningRidge(), []
+    for seed in range(40):
+        given = states(seed)[:4]
+        scores.append(running.score(given * 2, given))
+        running.update(given * 2, given)
+        assert running.count <= 48 + 4
+    assert scores[:12] == [None] * 12
+    assert all(score is not None and score > 0.95 for score in scores[12:])
+
+
 def test_homogeneity_and_dimension_by_hand():
     seen = watched(lambda given, seed: given.abs(), looks=1).history[0]
     held = states(0).abs()

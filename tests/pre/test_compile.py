@@ -57,3 +57,25 @@ def test_the_compiler_sees_the_model_and_not_where_the_visual_tokens_are():
     (bare, calls), (graphs, with_pre) = found
     assert bare <= graphs <= bare + 2
     assert calls <= with_pre <= calls + 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("anchor", ["pre_llm", "pre_projector"])
+def test_code_compiled_without_the_hooks_is_told(anchor):
+    """The compiler reuses what it made of another model of the class, hooks and all."""
+    torch._dynamo.reset()
+    before, batch = llava_clip_llama()
+    before.train()
+    if anchor == "pre_projector":  # all hooks but the projector's
+        keepsight.attach(before)
+    torch.compile(before, backend="eager")(**batch)
+    model, _ = llava_clip_llama(seed=1)
+    model.train()
+    handle = keepsight.attach(model, keepsight.PReConfig(anchor=anchor))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match=r"was not called: if the model is compiled, .* torch\._dynamo\.reset\(\)"):
+        compiled(**batch)
+    torch._dynamo.reset()
+    compiled(**batch)
+    assert handle.tokens == 48
+    torch._dynamo.reset()

@@ -1,6 +1,9 @@
 """An external encoder as the anchor: its own pixels, its features where the visual tokens look."""
 
+import copy
+
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,6 +194,30 @@ def test_pictures_that_do_not_fit_or_are_missing(dino):
     ids = torch.tensor([[1, 5, 6]])
     model(input_ids=ids, attention_mask=torch.ones_like(ids))  # no picture, no need
     assert handle.loss.item() == 0.0
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_deep_copy_takes_its_own_pictures(dino, wrapped):
+    """The hook that takes them off the batch is on the outermost module, which is copied before all within it."""
+    model, batch = llava_clip_llama()
+    model.train()
+    config = keepsight.PReConfig(anchor="external", anchor_model=str(dino))
+    handle = keepsight.attach(model, config)
+    outer = model
+    if wrapped:
+        outer = peft.get_peft_model(model, handle.peft(peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.0)))
+    processor = make_llava()
+    pictures = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    batch |= handle.prepare(pictures, processor)
+    twin = copy.deepcopy(outer)
+    own = keepsight.handle_of(twin)
+    twin(**batch)
+    assert (own.tokens, handle.tokens) == (48, 0)
+    outer(**batch)
+    assert torch.equal(own.loss, handle.loss)
+    own.detach()
+    outer(**batch)
+    assert handle.tokens == 48
 
 
 def test_an_encoder_whose_weights_are_missing_is_refused(dino, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,33 @@ def test_accumulated_micro_batches_train_like_one_batch(tmp_path, batch, accumul
         assert got[key] == pytest.approx(expected[key], abs=2e-5), key
     assert (got["pre_images"], got["pre_tokens"], got["pre_skipped"]) == (8, 128, 1)
     assert got["loss"] == pytest.approx(got["lm_loss"] + 0.5 * got["pre_loss"], abs=2e-4)  # `loss` is rounded
+
+
+class Memory(TrainerCallback):
+    """What a user saves beside a checkpoint."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save(self.handle.memory(), folder / "memory.pt")
+
+
+def test_a_resumed_trainer_takes_the_picture_before_from_what_was_remembered(tmp_path):
+    runs = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        model = attached(control="other_image")
+        handle = keepsight.handle_of(model)
+        settings = {"save_strategy": "steps", "save_steps": 2, "callbacks": [Memory(handle)]}
+        trainer = make_trainer(model, tmp_path, samples(), PReTrainer, batch=2, max_steps=4, **settings)
+        if checkpoint is not None:
+            handle.remember(torch.load(checkpoint / "memory.pt", weights_only=True))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        runs.append((model.state_dict(), [row.get("pre_margin") for row in trainer.state.log_history]))
+    (whole, margins), (resumed, again) = runs
+    assert margins == again
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_the_last_partial_accumulation_is_a_mean_over_its_own_pictures(tmp_path):

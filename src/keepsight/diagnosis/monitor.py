@@ -51,10 +51,13 @@ class RunningRidge:
         return float(1 - error.square().sum() / centred.square().sum().clamp(min=1e-300))
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Take these tokens in, and let the older ones fade."""
+        """Take these tokens in and let older ones fade, but not so fast that few tokens a look are never enough."""
         rows = torch.cat([x.new_ones(len(x), 1), x, y], dim=1).double()
         products = rows.T @ rows
-        self._sums = products if self._sums is None else KEPT * self._sums + products
+        if self._sums is not None:
+            missing = (ENOUGH * x.shape[1] - len(x)) / self.count
+            products += min(1.0, max(KEPT, missing)) * self._sums
+        self._sums = products
         self.count = float(self._sums[0, 0])
 
 

@@ -66,8 +66,13 @@ class ProjectorInput(OfModel):
 
         Raises:
             ValueError: when patches and tokens do not fit.
+            RuntimeError: when the hook was not called.
         """
-        assert self._given is not None, "the projector did not run"
+        if self._given is None:
+            raise RuntimeError(
+                f"the hook on the projector ({type(projector_of(self.vlm)).__name__}) was not called: if the model is "
+                "compiled, attach before its first call, or call torch._dynamo.reset() after attaching."
+            )
         given, self._given = self._given, None
         return on_token_grid(self.vlm, given, tokens, batch)
 

@@ -177,7 +177,7 @@ class OfModel:
     vlm: Vlm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self.vlm.core) not in memo:
+        if not {id(self.vlm.base), id(self.vlm.core)} & memo.keys():  # the base's own hooks come before its core
             return self
         made = type(self).__new__(type(self))
         memo[id(self)] = made
