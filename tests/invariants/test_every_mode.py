@@ -12,7 +12,7 @@ import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, TrainerCallback
 
 import keepsight
-from keepsight.training.checkpoints import Checkpoints, read_memory
+from keepsight.training.checkpoints import Checkpoints
 from keepsight.training.config import LoraConfig
 from keepsight.training.freeze import train_only
 from keepsight.training.lora import adapt
@@ -147,7 +147,7 @@ def steps(
     handle = keepsight.handle_of(model)
     rows = data(cell, handle)
     if cell.loop == "trainer":
-        gradients, callbacks = Gradients(), [] if handle is None else [Checkpoints(handle), Keep()]
+        gradients, callbacks = Gradients(), [] if handle is None else [handle, Checkpoints(), Keep()]
         settings: dict[str, Any] = {"max_steps": len(sizes), "max_grad_norm": clip, "learning_rate": 1e-2}
         if cell.mode == "compile":
             torch._dynamo.reset()
@@ -172,8 +172,6 @@ def steps(
         trainer.data_collator = lambda rows: cast(cell, collate(rows))
         trainer.learned = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         checkpoint = folder / "kept" / "checkpoint-2"
-        if resume:
-            handle.remember(read_memory(checkpoint))
         trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
         return gradients.steps
     return plain_loop(cell, model, handle, rows, folder, sizes=sizes, clip=clip, resume=resume, save=save)

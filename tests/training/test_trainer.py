@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,31 +128,35 @@ def test_accumulated_micro_batches_train_like_one_batch(tmp_path, batch, accumul
     assert got["loss"] == pytest.approx(got["lm_loss"] + 0.5 * got["pre_loss"], abs=2e-4)  # `loss` is rounded
 
 
-class Memory(TrainerCallback):
-    """What a user saves beside a checkpoint."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.handle.memory(), folder / "memory.pt")
-
-
-def test_a_resumed_trainer_takes_the_picture_before_from_what_was_remembered(tmp_path):
+def test_a_resumed_trainer_remembers_the_picture_before(tmp_path):
     runs = []
     for checkpoint in (None, tmp_path / "checkpoint-2"):
         model = attached(control="other_image")
-        handle = keepsight.handle_of(model)
-        settings = {"save_strategy": "steps", "save_steps": 2, "callbacks": [Memory(handle)]}
+        settings = {"save_strategy": "steps", "save_steps": 2}
         trainer = make_trainer(model, tmp_path, samples(), PReTrainer, batch=2, max_steps=4, **settings)
-        if checkpoint is not None:
-            handle.remember(torch.load(checkpoint / "memory.pt", weights_only=True))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         runs.append((model.state_dict(), [row.get("pre_margin") for row in trainer.state.log_history]))
     (whole, margins), (resumed, again) = runs
     assert margins == again
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_trainer_that_cannot_be_changed_remembers_the_picture_before(tmp_path):
+    """As a callback: written beside the checkpoint, read where the training goes on from that step."""
+    handles = []
+    for _ in range(2):
+        model, batch = llava_clip_llama()
+        handles.append(keepsight.attach(model.train(), keepsight.PReConfig(control="other_image"), inject=True))
+    handles[0].vlm.base(**batch)
+    args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3)
+    handles[0].on_save(args, state, None)
+    assert list(tmp_path.iterdir()) == []  # a trainer that keeps its checkpoints elsewhere
+    (tmp_path / "checkpoint-3").mkdir()
+    handles[0].on_save(args, state, None)
+    handles[1].on_train_begin(args, state, None)
+    (before, grids), (after, same) = (handle.memory()["control"] for handle in handles)
+    assert torch.equal(before, after)
+    assert grids == same
 
 
 def test_the_last_partial_accumulation_is_a_mean_over_its_own_pictures(tmp_path):

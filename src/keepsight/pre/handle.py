@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,11 @@ from keepsight.pre.head import PredictionHead, Predictors
 from keepsight.pre.layers import resolve_layers
 from keepsight.pre.life import ProofOfLife
 from keepsight.pre.sight import Seen, Sight
+from keepsight.processes import rank
 from keepsight.vlm.view import OfModel, Vlm
 
 HEAD = "keepsight_head"  # the submodule's name, hence a part of parameter names in checkpoints
+MEMORY = "keepsight_memory_{rank}.pt"  # of each process: the pictures that it saw
 HANDLE = "_keepsight_handle"  # the attribute of the model that holds it
 
 
@@ -221,6 +224,15 @@ class Handle(OfModel, ProofOfLife):
     def remember(self, memory: dict[str, Any]) -> None:
         """Take back what `memory` gave."""
         self._forward.remember(memory)
+
+    def save_memory(self, folder: str | Path) -> None:
+        """Write `memory` beside a checkpoint, a file a process. As a callback of `Trainer` it does so by itself."""
+        torch.save(self.memory(), Path(folder) / MEMORY.format(rank=rank()))
+
+    def load_memory(self, folder: str | Path) -> None:
+        """`remember` what `save_memory` of this process wrote there, if it did."""
+        if (file := Path(folder) / MEMORY.format(rank=rank())).is_file():
+            self.remember(torch.load(file, weights_only=True, map_location="cpu"))
 
     def follow(self) -> None:
         """Look again at what learns, after freezing or unfreezing: anchors that remember the encoder or projector must

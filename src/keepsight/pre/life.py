@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,6 +164,8 @@ class ProofOfLife(TrainerCallback):
                 f"the anchor {self.config.anchor!r} keeps averages of whole weights, and this trainer has them in "
                 "shards: train under ZeRO-2 or DDP, or with the anchor 'pre_llm'."
             )
+        if self._resumed and self.inject:  # `PReTrainerMixin` knows what it resumes from
+            self.load_memory(_checkpoint(args, state))
         if self._resumed and self.config.active and self.steps == 0:
             warnings.warn(
                 f"training goes on at step {state.global_step} with a new prediction head, because the checkpoint held "
@@ -201,6 +204,11 @@ class ProofOfLife(TrainerCallback):
         if self._logs:  # now, because λ changes with the step
             self._curves.add(self)
             self._curves.steps += 1
+
+    def on_save(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer callback: what a resumed training must remember goes into the checkpoint."""
+        if self.config.active and (folder := _checkpoint(args, state)).is_dir():
+            self.save_memory(folder)
 
     def on_substep_end(self: Handle, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer callback: a micro-batch that is not its step's last."""
@@ -250,3 +258,8 @@ def _sum_over_processes(number: torch.Tensor) -> torch.Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(number)
     return number
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Where `Trainer` writes the checkpoint of its present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -2,8 +2,8 @@
 
 HF `Trainer` writes optimizer, schedule, random states and its own state. Three things are ours: weights, under the
 names they have in memory (`save_pretrained` renames those of several families, and `Trainer` would read them back under
-the wrong names, silently) and only of what learns (the rest comes from where it came from at first); what PRe remembers
-between steps; and a mark that is written last, without which a checkpoint does not count.
+the wrong names, silently) and only of what learns (the rest comes from where it came from at first); what the run has
+seen of its data; and a mark that is written last, without which a checkpoint does not count.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from keepsight.pre import Handle
 from keepsight.pre.handle import HEAD
 from keepsight.processes import rank
 from keepsight.results import make_folder, write_file
 from keepsight.training.sharding import is_sharded, load_whole_weights
 
 WEIGHTS = "weights.safetensors"
-MEMORY = "pre_memory_{rank}.pt"  # of each process: the pictures that it saw
+SEEN = "seen_{rank}.pt"  # of each process
 KEPT = "weights"  # in the folder of a stage
 MARK = "complete.json"
 
@@ -78,20 +77,17 @@ class Checkpoints(TrainerCallback):
     """Completes and marks every checkpoint that `Trainer` saves, then removes the older ones.
 
     Args:
-        also: gives what else to remember, tensors and plain values; it is called in every process.
+        seen: gives what to remember of the data, tensors and plain values; it is called in every process.
         keep_weights: keep the weights of every checkpoint in the folder that `kept_weights` reads.
     """
 
-    def __init__(
-        self, handle: Handle, also: Callable[[], dict[str, Any]] = dict, *, keep_weights: bool = False
-    ) -> None:
-        self.handle = handle
-        self.also = also
+    def __init__(self, seen: Callable[[], dict[str, Any]] = dict, *, keep_weights: bool = False) -> None:
+        self.seen = seen
         self.keep_weights = keep_weights
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save({**self.handle.memory(), **self.also()}, folder / MEMORY.format(rank=rank()))
+        torch.save(self.seen(), folder / SEEN.format(rank=rank()))
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # every process has written what is its own
         if not state.is_world_process_zero:
@@ -150,6 +146,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
 
 
-def read_memory(folder: Path) -> dict[str, Any]:
-    """What `Handle.memory` gave in this process, and what else was to be remembered; on the CPU."""
-    return torch.load(folder / MEMORY.format(rank=rank()), weights_only=True, map_location="cpu")
+def read_seen(folder: Path) -> dict[str, Any]:
+    """What this process had seen of the data; on the CPU."""
+    return torch.load(folder / SEEN.format(rank=rank()), weights_only=True, map_location="cpu")

@@ -20,7 +20,7 @@ from keepsight.training.checkpoints import (
     Checkpoints,
     latest,
     load_weights,
-    read_memory,
+    read_seen,
     read_state,
     save_weights,
 )
@@ -126,12 +126,12 @@ class Stages:
         checkpoint = self._kept(name) if self.resuming else None
         totals: dict[str, int] = {}
         if checkpoint is not None:
-            memory, state = read_memory(checkpoint), read_state(checkpoint)
-            handle.remember(memory)
-            dataset.recall(memory["entries"])
-            totals = memory["totals"]
-            if state["global_step"] >= state["max_steps"]:
+            seen, state = read_seen(checkpoint), read_state(checkpoint)
+            dataset.recall(seen["entries"])
+            totals = seen["totals"]
+            if state["global_step"] >= state["max_steps"]:  # the next stage goes on from its last picture, too
                 load_weights(self.model, checkpoint)
+                handle.load_memory(checkpoint)
                 self._write(name, learning, state["global_step"], state["log_history"], totals)
                 return
         set_seed(self.config.seed + number)  # of its own, so that a stage does not hang on how the one before was run
@@ -200,7 +200,7 @@ class Stages:
         )
         check_deepspeed(trainer.accelerator, handle, projector_lr=stage.projector_lr)
         found = partial(_found, trainer, dataset)
-        trainer.add_callback(Checkpoints(handle, found, keep_weights=self.config.keep_weights))
+        trainer.add_callback(Checkpoints(found, keep_weights=self.config.keep_weights))
         trainer.learned, trainer.projector_lr = frozenset(self.learned), stage.projector_lr
         if self.callbacks:
             trainer.remove_callback(PrinterCallback)

@@ -120,6 +120,11 @@ class PReTrainerMixin(_Trainer):
         self._loaded_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.pre.load_memory(checkpoint)
+
     def _load_best_model(self) -> None:
         self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
