@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -167,7 +168,10 @@ def test_files_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
     with pytest.raises(ConversationError, match=r"data.json' is not UTF-8 text .* save it as UTF-8"):
         LlavaConversations(path)
     path.write_text("[]")
-    with pytest.raises(ConversationError, match="nothing to train on"):
+    with pytest.raises(ConversationError, match="holds no entries, so nothing to train on"):
+        LlavaConversations(path)
+    path.write_text("{}")
+    with pytest.raises(ConversationError, match="holds a dict, so nothing to train on; a list of entries is needed"):
         LlavaConversations(path)
 
 
@@ -237,3 +241,16 @@ def test_load_source_needs_exactly_one(tmp_path: Path) -> None:
         load_source()
     with pytest.raises(FileNotFoundError, match="data set '/no/such/folder' does not exist"):
         load_source(dataset="/no/such/folder")
+
+
+def test_data_sets_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    saved, empty, file = tmp_path / "saved", tmp_path / "empty", write(tmp_path, entry("hello", "world"))
+    datasets.Dataset.from_dict({"messages": ["a"]}).save_to_disk(saved)
+    cut = next(saved.glob("*.arrow"))
+    cut.write_bytes(cut.read_bytes()[:100])
+    empty.mkdir()
+    for path in (str(saved), str(empty), str(file), "nobody/nothing"):
+        with pytest.raises(ValueError, match=rf"the data set '{re.escape(path)}' cannot be loaded \(.*a hub id"):
+            load_source(dataset=path)

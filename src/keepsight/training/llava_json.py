@@ -112,5 +112,6 @@ def _read_entries(path: Path) -> list[Any]:
     except json.JSONDecodeError as cause:
         raise ConversationError(f"'{path}' is not valid JSON ({cause}); is the file whole?") from cause
     if not isinstance(entries, list) or not entries:
-        raise ConversationError(f"'{path}' holds {type(entries).__name__} with nothing to train on; a list is needed")
+        what = "no entries" if isinstance(entries, list) else f"a {type(entries).__name__}"
+        raise ConversationError(f"'{path}' holds {what}, so nothing to train on; a list of entries is needed")
     return entries
