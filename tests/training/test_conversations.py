@@ -151,6 +151,10 @@ def test_skip_broken_leaves_out_missing_pictures_but_not_faulty_json(tmp_path: P
     assert "image 'gone.png' is missing" in data.broken[1]
     with pytest.raises(ConversationError, match="1 of 2 entries"):
         LlavaConversations(write(tmp_path, good, entry("<image>", "red")), pictures, skip_broken=True)
+    with pytest.raises(
+        ConversationError, match=r"1 of 2 entries in .* name pictures, but no image folder was given; set"
+    ):
+        LlavaConversations(write(tmp_path, good, entry("hello", "world")), skip_broken=True)
     with pytest.raises(ConversationError, match="No entry is left to train on"):
         LlavaConversations(write(tmp_path, gone), pictures, skip_broken=True)
 

@@ -41,6 +41,12 @@ class LlavaConversations:
         if self.image_folder is not None and not self.image_folder.is_dir():
             raise FileNotFoundError(f"the image folder '{image_folder}' does not exist or is not a folder.")
         self.entries = _read_entries(self.path)
+        named = sum(bool(entry.get("image")) for entry in self.entries if isinstance(entry, dict))
+        if named and self.image_folder is None:  # not broken pictures, which skip_broken would leave out
+            raise ConversationError(
+                f"{named} of {len(self.entries)} entries in '{path}' name pictures, but no image folder was given; set "
+                "`data.image_folder` (--data.image-folder DIR)."
+            )
         self.trimmed: Counter[str] = Counter()
         self.pictures = 0
         self.broken = check_all(self.entries, f"'{path}'", self._check, self.name, skip_broken)
