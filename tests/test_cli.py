@@ -163,6 +163,17 @@ def test_saved_data_sets(tmp_path: Path, labelled: Path, capsys) -> None:
     error = fails([*command, f"--images={tmp_path / 'two'}", "--overwrite"], capsys)
     assert f"holds the splits ['test', 'train']; give the folder of one of them, such as --images {tmp_path}" in error
 
+    cut = next((tmp_path / "one" / "test").glob("*.arrow"))
+    cut.write_bytes(cut.read_bytes()[:100])
+    error = fails([*command, f"--images={tmp_path / 'one'}", "--overwrite"], capsys)
+    assert f"the data set '{tmp_path / 'one' / 'test'}' cannot be loaded (" in error
+
+
+def test_layers_by_name() -> None:
+    command = ["m", "--images=i", "--out=o"]
+    assert diagnose.parse([*command, "--layers=[0,middle,last]"]).layers == [0, "middle", "last"]
+    assert diagnose.parse([*command, "--layers=[0,8]"]).layers == [0, 8]
+
 
 def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
     names = [f"{name}/{number}.png" for number, name in zip(range(4), ("dark", "light") * 2, strict=True)]
@@ -180,6 +191,9 @@ def test_labels_from_a_file(tmp_path: Path, labelled: Path) -> None:
         diagnose.read_labels(str(path), str(labelled), None)
     path.write_text(json.dumps({"size": "big"}), encoding="utf-8")
     with pytest.raises(ValueError, match=r'must hold {"label set": {"picture": "label", …}, …}'):
+        diagnose.read_labels(str(path), str(labelled), None)
+    path.write_text(json.dumps({"size": {names[0]: ["big", "tall"]}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'dark/0.png' the label \['big', 'tall'\] in 'size'; a picture has one"):
         diagnose.read_labels(str(path), str(labelled), None)
     path.write_text(json.dumps(sets), encoding="utf-8-sig")
     assert set(diagnose.read_labels(str(path), str(labelled), None)) == {"size", "hue"}
@@ -209,7 +223,8 @@ def test_errors_that_the_user_can_mend(tmp_path: Path, labelled: Path, capsys) -
     assert "the model './none' does not exist" in fails(["diagnose", "./none", images, out], capsys)
     model = str(save_llava(tmp_path / "model"))
     assert "image folder" in fails(["diagnose", model, f"--images={tmp_path / 'none'}", out], capsys)
-    assert "9" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
+    assert "layer 9 does not exist" in fails(["diagnose", model, images, out, "--layers=[9]"], capsys)
+    assert "layer 'top' does not exist" in fails(["diagnose", model, images, out, "--layers=[0,top]"], capsys)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "weights file (.safetensors) is cut off or damaged" in fails(["diagnose", model, images, out], capsys)
@@ -259,12 +274,15 @@ def test_only_our_own_errors_are_taken_for_the_users(monkeypatch, capsys) -> Non
     assert capsys.readouterr().err == ""
 
 
-def test_demo_settings() -> None:
+def test_demo_settings(capsys) -> None:
     assert demo.parse([]) == demo.DemoConfig()
     given = demo.parse(["--full", "--out", "a", "--seed=2", "--steps", "9", "--language", "qwen2"])
     assert given == demo.DemoConfig(full=True, out="a", seed=2, steps=9, language="qwen2")
     with pytest.raises(ValueError, match="steps is 0; allowed: 1 or more"):
         demo.parse(["--steps=0"])
+    with pytest.raises(SystemExit):
+        demo.parse(["runs/mine"])
+    assert "demo takes options only; got 'runs/mine' (a folder is given with --out DIR)" in capsys.readouterr().err
 
 
 def test_module_can_be_run() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -150,6 +151,10 @@ def test_skip_broken_leaves_out_missing_pictures_but_not_faulty_json(tmp_path: P
     assert "image 'gone.png' is missing" in data.broken[1]
     with pytest.raises(ConversationError, match="1 of 2 entries"):
         LlavaConversations(write(tmp_path, good, entry("<image>", "red")), pictures, skip_broken=True)
+    with pytest.raises(
+        ConversationError, match=r"1 of 2 entries in .* name pictures, but no image folder was given; set"
+    ):
+        LlavaConversations(write(tmp_path, good, entry("hello", "world")), skip_broken=True)
     with pytest.raises(ConversationError, match="No entry is left to train on"):
         LlavaConversations(write(tmp_path, gone), pictures, skip_broken=True)
 
@@ -167,7 +172,10 @@ def test_files_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
     with pytest.raises(ConversationError, match=r"data.json' is not UTF-8 text .* save it as UTF-8"):
         LlavaConversations(path)
     path.write_text("[]")
-    with pytest.raises(ConversationError, match="nothing to train on"):
+    with pytest.raises(ConversationError, match="holds no entries, so nothing to train on"):
+        LlavaConversations(path)
+    path.write_text("{}")
+    with pytest.raises(ConversationError, match="holds a dict, so nothing to train on; a list of entries is needed"):
         LlavaConversations(path)
 
 
@@ -237,3 +245,16 @@ def test_load_source_needs_exactly_one(tmp_path: Path) -> None:
         load_source()
     with pytest.raises(FileNotFoundError, match="data set '/no/such/folder' does not exist"):
         load_source(dataset="/no/such/folder")
+
+
+def test_data_sets_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    saved, empty, file = tmp_path / "saved", tmp_path / "empty", write(tmp_path, entry("hello", "world"))
+    datasets.Dataset.from_dict({"messages": ["a"]}).save_to_disk(saved)
+    cut = next(saved.glob("*.arrow"))
+    cut.write_bytes(cut.read_bytes()[:100])
+    empty.mkdir()
+    for path in (str(saved), str(empty), str(file), "nobody/nothing"):
+        with pytest.raises(ValueError, match=rf"the data set '{re.escape(path)}' cannot be loaded \(.*a hub id"):
+            load_source(dataset=path)

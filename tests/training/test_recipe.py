@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from keepsight.images import ImageError
 from keepsight.pre import PReConfig, handle_of
 from keepsight.results import StorageError
+from keepsight.results.storage import disk_error
 from keepsight.training import recipe, stages
 from keepsight.training.checkpoints import latest
 from keepsight.training.config import ModelConfig, StageConfig, TrainConfig
@@ -238,6 +239,19 @@ def test_a_failure_after_the_first_step_keeps_the_curves(setting, monkeypatch) -
     with pytest.raises(torch.OutOfMemoryError):
         train(TrainConfig(**{**setting, "projector": replace(STEPS, max_steps=6, micro_batch_size=None)}))
     assert [row["step"] for row in read_curves(setting["out"])] == [1, 2]
+
+
+def test_a_file_that_torch_cannot_finish_is_the_disks(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            torch.save(torch.zeros(100_000), tmp_path / "optimizer.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the disk may be full" in str(disk_error(tmp_path, raised.value))
+    assert disk_error(tmp_path, RuntimeError("unexpected pos of a token")) is None
 
 
 @pytest.mark.parametrize("library", ["safetensors", "torch"])

@@ -49,6 +49,11 @@ def test_what_is_no_image_text_model(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="is a 'bert' model, not an image-text-to-text model"):
         load_model(tmp_path / "bert")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        LoadError, match=r"there is no config.json\); give .* finished `keepsight train` run .*, or a hub id"
+    ):
+        load_model(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{")
     with pytest.raises(LoadError, match="its configuration cannot be read"):
         load_model(tmp_path / "empty")
     LlamaConfig().save_pretrained(tmp_path / "llama")

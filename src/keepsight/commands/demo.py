@@ -44,6 +44,8 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
         description="Train the tiny testbed model without and with PRe, diagnose both, write one report.",
     )
     add_fields(parser, DemoConfig)
+    if arguments and not arguments[0].startswith("-"):
+        parser.error(f"demo takes options only; got '{arguments[0]}' (a folder is given with --out DIR)")
     return build(DemoConfig, parser.parse_args(normalise(arguments, DemoConfig)))
 
 

@@ -24,7 +24,7 @@ class DiagnoseConfig:
         labels: JSON file {"label set": {"picture's path in the folder": "label", …}, …}; null = the subfolders.
         out: the run's folder.
         label: the run's name in the report; null = the model's.
-        layers: "all", or a list of layer indices such as [0,8,16].
+        layers: "all", or a list of layers such as [0,8,16] or [0,middle,last].
         batch_size: pictures at once.
         seed: of the splits and samples.
         skip_broken: leave out and count pictures that cannot be read.
@@ -60,7 +60,7 @@ class DiagnoseConfig:
     limit: int | None = None
     labels: str | None = None
     label: str | None = None
-    layers: list[int] | str = "all"
+    layers: list[int | str] | str = "all"
     batch_size: int = 8
     seed: int = 0
     skip_broken: bool = False
@@ -88,7 +88,7 @@ class DiagnoseConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is not given; give it {how}.")
         if isinstance(self.layers, str) and self.layers != "all":
-            raise ValueError(f"layers is {self.layers!r}; allowed: 'all' or a list of indices such as [0,8,16].")
+            raise ValueError(f"layers is {self.layers!r}; allowed: 'all' or a list such as [0,8,16] or [0,middle].")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; allowed: 1 or more.")
         if self.seed < 0:
@@ -202,6 +202,13 @@ def read_labels(
         raise ValueError(f"'{path}' is not valid JSON ({cause}).") from cause
     if not isinstance(sets, dict) or not sets or not all(isinstance(labels, dict) for labels in sets.values()):
         raise ValueError(f'\'{path}\' must hold {{"label set": {{"picture": "label", …}}, …}}.')
+    for target, labels in sets.items():
+        for name, label in labels.items():
+            if isinstance(label, list | dict):
+                raise ValueError(
+                    f"'{path}' gives '{name}' the label {label!r:.40} in '{target}'; a picture has one label in each "
+                    "label set, a text: give several as label sets of their own."
+                )
     found = find_pictures(images, masks=masks, mask_format=mask_format, mask_suffix=mask_suffix)
     names = [item.name for item in found.items]
     for target, labels in sets.items():
@@ -219,21 +226,35 @@ def _listed(text: str) -> list[str]:
 
 
 def images_of(path: str) -> Any:
-    """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded."""
+    """A folder of pictures as it is; a data set that `save_to_disk` wrote, loaded.
+
+    Raises:
+        ValueError: for a data set of several splits, or one that cannot be read.
+    """
     folder = Path(path)
     splits = folder / "dataset_dict.json"
     if not splits.is_file() and not (folder / "state.json").is_file():
         return path
     try:
-        from datasets import load_from_disk
+        import datasets  # noqa: F401
     except ImportError as cause:
         raise ImportError('HuggingFace data sets need extra packages: pip install "keepsight[train]"') from cause
     if not splits.is_file():
-        return load_from_disk(path)
+        return _loaded(folder)
     names = sorted(entry.parent.name for entry in folder.glob("*/state.json"))
     if len(names) != 1:
         raise ValueError(
             f"'{path}' holds the splits {names}; give the folder of one of them, such as "
             f"--images {folder / (names or ['train'])[0]}"
         )
-    return load_from_disk(str(folder / names[0]))
+    return _loaded(folder / names[0])
+
+
+def _loaded(folder: Path) -> Any:
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(folder))
+    except Exception as cause:  # a file of it is missing or cut off: which kind, depends
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"the data set '{folder}' cannot be loaded ({reason}); save it again.") from cause

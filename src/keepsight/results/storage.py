@@ -51,7 +51,10 @@ def disk_error(path: Path, cause: Exception) -> StorageError | None:
     for number in _OUT_OF_ROOM:
         if f"os error {number}" in str(cause):  # safetensors keeps the number in the text only
             return storage_error(path, OSError(number, os.strerror(number)))
-    if isinstance(cause, RuntimeError) and "PytorchStreamWriter failed" in str(cause):  # torch.save keeps none at all
+    # torch.save keeps none at all; where closing the file fails too, its text only tells two places in the file.
+    text = str(cause)
+    cut = "PytorchStreamWriter failed" in text or ("inline_container" in text and "unexpected pos" in text)
+    if isinstance(cause, RuntimeError) and cut:
         return storage_error(path, OSError(errno.EIO, f"{os.strerror(errno.EIO)}; the disk may be full"))
     return None
 

@@ -148,13 +148,19 @@ def _load_dataset(path: str, split: str) -> Any:
     except ImportError as cause:
         raise ImportError('HuggingFace data sets need extra packages: pip install "keepsight[train]"') from cause
     folder = Path(path)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(path)
-        if isinstance(loaded, datasets.DatasetDict):
-            if split not in loaded:
-                raise ValueError(f"'{path}' has no split {split!r}; it has {sorted(loaded)}.")
-            return loaded[split]
-        return loaded
+    saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     if path.startswith((".", "/")) and not folder.exists():
         raise FileNotFoundError(f"the data set '{path}' does not exist.")
-    return datasets.load_dataset(path, split=split)
+    try:
+        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
+    except Exception as cause:  # which kind, depends on what is wrong and where
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the data set '{path}' cannot be loaded ({reason}); give a folder that `save_to_disk` wrote, a folder of "
+            "data files, or a hub id. LLaVA's JSON goes to `data.conversations`."
+        ) from cause
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"'{path}' has no split {split!r}; it has {sorted(loaded)}.")
+        return loaded[split]
+    return loaded

@@ -41,6 +41,12 @@ class LlavaConversations:
         if self.image_folder is not None and not self.image_folder.is_dir():
             raise FileNotFoundError(f"the image folder '{image_folder}' does not exist or is not a folder.")
         self.entries = _read_entries(self.path)
+        named = sum(bool(entry.get("image")) for entry in self.entries if isinstance(entry, dict))
+        if named and self.image_folder is None:  # not broken pictures, which skip_broken would leave out
+            raise ConversationError(
+                f"{named} of {len(self.entries)} entries in '{path}' name pictures, but no image folder was given; set "
+                "`data.image_folder` (--data.image-folder DIR)."
+            )
         self.trimmed: Counter[str] = Counter()
         self.pictures = 0
         self.broken = check_all(self.entries, f"'{path}'", self._check, self.name, skip_broken)
@@ -112,5 +118,6 @@ def _read_entries(path: Path) -> list[Any]:
     except json.JSONDecodeError as cause:
         raise ConversationError(f"'{path}' is not valid JSON ({cause}); is the file whole?") from cause
     if not isinstance(entries, list) or not entries:
-        raise ConversationError(f"'{path}' holds {type(entries).__name__} with nothing to train on; a list is needed")
+        what = "no entries" if isinstance(entries, list) else f"a {type(entries).__name__}"
+        raise ConversationError(f"'{path}' holds {what}, so nothing to train on; a list of entries is needed")
     return entries

@@ -48,6 +48,12 @@ def load_model(
     if base := _adapted(place):
         model, processor = load_model(base, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map)
         return with_adapter(model, place), processor
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise LoadError(
+            f"'{place}' cannot be used: its configuration cannot be read (there is no config.json); give a "
+            "directory in transformers format, the folder of a finished `keepsight train` run (--resume goes on with "
+            "one that has not), or a hub id."
+        )
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as cause:
