@@ -156,6 +156,26 @@ def test_theme_plots_and_screenshots(opened: Callable[..., Tab], report: Path) -
     assert "[0.5" in hover
 
 
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("panel", ["probes-probe_accuracy-0", "fidelity-fidelity-0"])
+def test_what_hovering_tells_fits_into_its_figure(
+    opened: Callable[..., Tab], report: Path, width: int, panel: str
+) -> None:
+    page = opened(report, viewport={"width": width, "height": 800}).ready()
+    plot = page.locator(f'[data-panel="{panel}"]')
+    plot.scroll_into_view_if_needed()
+    page.mouse.move(*centre(plot))
+    label = plot.locator(".hoverlayer .legend")
+    label.wait_for()
+    text, box, figure = label.text_content(), label.bounding_box(), plot.bounding_box()
+    assert "layer " in text
+    assert "n = " in text
+    assert "with PRe" in text
+    assert box["x"] >= figure["x"]
+    assert box["x"] + box["width"] <= figure["x"] + figure["width"]
+    screenshot(page, f"hover-{panel}-{width}")
+
+
 @pytest.mark.parametrize("width", [360, 1600])
 def test_nothing_is_wider_than_the_window(opened: Callable[..., Tab], report: Path, width: int) -> None:
     page = opened(report, viewport={"width": width, "height": 800}).ready()
