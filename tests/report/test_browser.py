@@ -173,6 +173,8 @@ def test_what_hovering_tells_fits_into_its_figure(
     assert "with PRe" in text
     assert box["x"] >= figure["x"]
     assert box["x"] + box["width"] <= figure["x"] + figure["width"]
+    assert plot.evaluate("plot => getComputedStyle(plot).overflowY") == "visible"  # it may be higher
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     screenshot(page, f"hover-{panel}-{width}")
 
 
