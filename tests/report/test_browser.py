@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keepsight.report import build
+from keepsight.report.metrics import write_number
 from keepsight.report.pruned import KEPT
 from keepsight.results import LoadedRun, SimilarityMap
 from keepsight.vlm.pruning import Pruning
@@ -223,6 +224,18 @@ def test_pruning_is_drawn_by_the_share_of_tokens_kept(opened: Callable[..., Tab]
     page.wait_for_selector(".hoverlayer .legend")
     assert "50 % kept" in plot.locator(".hoverlayer").text_content()
     screenshot(page, "pruned")
+
+
+def test_the_numbers_follow_the_selectors(opened: Callable[..., Tab], report: Path) -> None:
+    page = opened(report).ready()
+    rows = page.locator("#figure-structure-gap-0 tbody tr")
+    found = {}
+    for variant in ("raw", "centred"):
+        page.locator(f"#structure input[value={variant}] + span").click()
+        found[variant] = [row.split("  ")[0] for row in rows.locator("td:nth-child(2)").all_text_contents()]
+        gaps = [row for row in sample_run(0).rows if row.key[:4] == ("gap", "", variant, "all")]
+        assert found[variant] == [write_number("gap", row.value) for row in gaps]
+    assert found["raw"] != found["centred"]
 
 
 def centre(locator: Any) -> tuple[float, float]:

@@ -124,6 +124,24 @@
     return panel.views.reduce((best, view) => (fits(view) > fits(best) ? view : best));
   }
 
+  // The table below a figure, which the page opens with the first view in it, follows the selectors.
+  function tabulate(figure, view) {
+    const lines = view.lines.filter((line) => line.role === "run");
+    const samples = new Set(lines.flatMap((line) => line.sample));
+    const small = figure.querySelector("summary small");
+    if (small) small.textContent = samples.size === 1 ? [...samples][0] : "";
+    const cell = (name, text) => Object.assign(document.createElement(name), { textContent: text });
+    const places = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+    figure.querySelector("tbody").replaceChildren(...places.map((place) => {
+      const row = document.createElement("tr");
+      row.append(Object.assign(cell("th", place), { scope: "row" }), ...data.runs.map((_, number) => {
+        const line = lines.find((one) => one.run === number), at = line ? line.x.indexOf(place) : -1;
+        return cell("td", at < 0 ? "–" : [line.text[at], line.sample[at]].filter(Boolean).join("  "));
+      }));
+      return row;
+    }));
+  }
+
   function draw(target) {
     if (target.offsetParent === null) return; // folded away: drawn when it is opened
     const panel = data.panels[target.dataset.panel];
@@ -137,7 +155,8 @@
       target.on("plotly_click", (event) => attribution.choose(event.points[0].x));
     }
     const label = [view.variant, view.tokens === "all" ? "" : view.tokens].filter(Boolean).join(", ");
-    const heading = target.closest("figure").querySelector("h4");
+    const figure = target.closest("figure"), heading = figure.querySelector("h4");
+    if (panel.views.length > 1) tabulate(figure, view);
     let small = heading.querySelector("small");
     if (label && !small) { small = document.createElement("small"); heading.append(" ", small); }
     if (small) small.textContent = label;
