@@ -84,6 +84,14 @@ def test_what_pruning_cost_needs_the_layer_without_it(parts):
     assert all(row.value is None for row in lost)
 
 
+def test_what_pruning_cost_needs_the_probes_without_it(parts):
+    images = [picture(colour, seed)[0] for seed in range(6) for colour in ("red", "green")]
+    options = {"labels": ["red", "green"] * 6, "metrics": ["maps"], "layers": ["middle"], "progress": False}
+    result = diagnose(*parts, images, prunings=[Pruning(1, 0.5)], **options)
+    lost = [row for row in result.rows if row.metric == "pruning_loss"]
+    assert {(row.value, row.note) for row in lost} == {(None, "probes were not asked for")}
+
+
 def test_shares_that_are_near_one_another_are_told_apart(parts, tmp_path):
     images = [picture(colour, seed)[0] for seed in range(6) for colour in ("red", "green")]
     prunings = [Pruning(1, keep, "uniform") for keep in (0.125, 0.12, 0.12)]
@@ -100,6 +108,9 @@ def test_settings_that_mean_nothing_are_refused_before_the_work(parts):
     images = [Image.new("RGB", (16, 16))] * 4
     with pytest.raises(ValueError, match="keeps no visual token, so there is nothing to probe; give keep above 0"):
         diagnose(model, processor, images, prunings=[Pruning(1, 0.0)], progress=False)
+    draws = [Pruning(1, 0.5, "random", seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="two prunings are called 'random, 50% after layer 1'"):
+        diagnose(model, processor, images, prunings=draws, progress=False)
     with pytest.raises(ValueError, match="the last one: nothing comes after it"):
         diagnose(model, processor, images, prunings=[Pruning(Vlm(model).depth, 0.5)], progress=False)
 

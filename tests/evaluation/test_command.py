@@ -69,6 +69,13 @@ def test_two_tasks(model, tasks, tmp_path, capsys):
     assert "was started with other settings (choices: 'generation', now 'likelihood')" in capsys.readouterr().err
 
 
+def test_a_pruned_evaluation_says_so(model, tasks, tmp_path):
+    out = tmp_path / "run"
+    command = ["evaluate", model, "--tasks", tasks[0], "--out", str(out), "--max-new-tokens", "2", "--limit", "2"]
+    assert cli.main([*command, "--prune-keep", "0.5", "--prune-layer", "1"]) == 0
+    assert RunDirectory.open(out).info["pruning"] == "attention, 50% after layer 1"
+
+
 def test_limit_and_what_is_left_out(model, tasks, tmp_path, capsys):
     (tmp_path / "pictures" / "0.png").unlink()
     out = tmp_path / "run"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keepsight.report import build
+from keepsight.report.metrics import write_number
 from keepsight.report.pruned import KEPT
 from keepsight.results import LoadedRun, SimilarityMap
 from keepsight.vlm.pruning import Pruning
@@ -156,6 +157,28 @@ def test_theme_plots_and_screenshots(opened: Callable[..., Tab], report: Path) -
     assert "[0.5" in hover
 
 
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("panel", ["probes-probe_accuracy-0", "fidelity-fidelity-0"])
+def test_what_hovering_tells_fits_into_its_figure(
+    opened: Callable[..., Tab], report: Path, width: int, panel: str
+) -> None:
+    page = opened(report, viewport={"width": width, "height": 800}).ready()
+    plot = page.locator(f'[data-panel="{panel}"]')
+    plot.scroll_into_view_if_needed()
+    page.mouse.move(*centre(plot))
+    label = plot.locator(".hoverlayer .legend")
+    label.wait_for()
+    text, box, figure = label.text_content(), label.bounding_box(), plot.bounding_box()
+    assert "layer " in text
+    assert "n = " in text
+    assert "with PRe" in text
+    assert box["x"] >= figure["x"]
+    assert box["x"] + box["width"] <= figure["x"] + figure["width"]
+    assert plot.evaluate("plot => getComputedStyle(plot).overflowY") == "visible"  # it may be higher
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    screenshot(page, f"hover-{panel}-{width}")
+
+
 @pytest.mark.parametrize("width", [360, 1600])
 def test_nothing_is_wider_than_the_window(opened: Callable[..., Tab], report: Path, width: int) -> None:
     page = opened(report, viewport={"width": width, "height": 800}).ready()
@@ -201,6 +224,18 @@ def test_pruning_is_drawn_by_the_share_of_tokens_kept(opened: Callable[..., Tab]
     page.wait_for_selector(".hoverlayer .legend")
     assert "50 % kept" in plot.locator(".hoverlayer").text_content()
     screenshot(page, "pruned")
+
+
+def test_the_numbers_follow_the_selectors(opened: Callable[..., Tab], report: Path) -> None:
+    page = opened(report).ready()
+    rows = page.locator("#figure-structure-gap-0 tbody tr")
+    found = {}
+    for variant in ("raw", "centred"):
+        page.locator(f"#structure input[value={variant}] + span").click()
+        found[variant] = [row.split("  ")[0] for row in rows.locator("td:nth-child(2)").all_text_contents()]
+        gaps = [row for row in sample_run(0).rows if row.key[:4] == ("gap", "", variant, "all")]
+        assert found[variant] == [write_number("gap", row.value) for row in gaps]
+    assert found["raw"] != found["centred"]
 
 
 def centre(locator: Any) -> tuple[float, float]:

@@ -122,7 +122,8 @@ def test_curves_carry_the_rows(page: Page, base: LoadedRun) -> None:
         assert line["y"] == [row.value for row in rows]
         assert line["low"] == [row.low for row in rows]
         assert line["high"] == [row.high for row in rows]
-        assert line["text"][4].endswith("n = 600 images, seed 0")
+        assert line["text"][4].endswith("]")
+        assert line["sample"] == ["n = 600 images, seed 0"] * 9
         assert view["lines"][4]["y"] == [1 / 8, 1 / 8]
 
 

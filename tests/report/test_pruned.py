@@ -9,6 +9,7 @@ import pytest
 from keepsight.report import build, figures
 from keepsight.report.curves import open_runs
 from keepsight.report.pruned import KEPT, draw_sections
+from keepsight.report.tables import summary
 from keepsight.results import LoadedRun, Measurement
 from keepsight.vlm.pruning import Pruning
 
@@ -66,6 +67,13 @@ def test_points_rise_to_the_probe_without_pruning(runs):
         ("with PRe", "probe_accuracy", "shuffled labels"): "0.24",
     }
     assert panel.sample == "n = 50 images"
+
+
+def test_the_table_keeps_the_order_of_the_rows():
+    shares = (0.5, 0.25, 0.1)
+    lines = summary(open_runs([run("base", {Pruning(1, keep): {2: keep} for keep in shares})]))
+    titles = [line.title for line in lines if "pruned" in line.title]
+    assert titles == [f"Probe accuracy, tokens pruned, texture, {Pruning(1, keep)}" for keep in shares]
 
 
 def test_without_pruning_there_is_no_such_section(runs):

@@ -1,5 +1,7 @@
 """Differences in pairs, arms of several seeds, what each picture adds, and conditions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -277,6 +279,14 @@ class TestJoined:
         assert [len(arm) for arm in arms(self.pair(weights="", other=""))] == [2]
         diagnosis, evaluation = self.pair()
         assert [len(arm) for arm in arms([diagnosis, evaluation, diagnosis])] == [2]  # the same number twice
+
+    def test_answers_with_visual_tokens_pruned_are_not_the_diagnosed_model(self):
+        diagnosis, evaluation = self.pair()
+        pruned = replace(evaluation, info={**evaluation.info, "pruning": "attention, 25% after layer 2"})
+        ((one, two),) = arms([diagnosis, pruned])
+        assert (one, two) == (diagnosis, pruned)
+        with pytest.raises(ValueError, match="give them labels of their own"):
+            pool([one, two])
 
 
 class TestConditions:

@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from keepsight.results import RunDirectory
+from keepsight.results.intervals import correlation
 from keepsight.testbed import demo
 from keepsight.testbed._inside import TARGETS
 
@@ -37,6 +38,14 @@ def test_rows_of_every_layer_target_and_question(done):
             assert {row.layer for row in rows if row.metric == metric} == set(range(9)), metric
         answers = {row.metric for row in rows if row.metric.startswith("answer_") and not row.target}
         assert answers == {"answer_accuracy", "answer_f1", "answer_yes", "answer_prior"}
+
+
+@pytest.mark.slow
+def test_the_prior_of_the_same_questions_is_compared_in_pairs(done):
+    out, _, _ = done
+    one, other = (RunDirectory.open(out / name).load() for name in ("without-pre", "with-pre"))
+    row = next(row for row in one.rows if row.metric == "answer_prior" and not row.target)
+    assert correlation(row, row, one.per_image, other.per_image) == pytest.approx(1)
 
 
 @pytest.mark.slow

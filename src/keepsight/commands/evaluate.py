@@ -233,6 +233,7 @@ def _finish(run: Any, config: EvaluateConfig, asked: _Asked, weights: str, names
         unreached=dict(asked.unreached),
         paper=paper_facts(rows, config.model, names),
         **seed,
+        **({} if config.pruning is None else {"pruning": str(config.pruning)}),
     )
 
 

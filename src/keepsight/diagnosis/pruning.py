@@ -26,10 +26,17 @@ def check_prunings(vlm: Vlm, prunings: Iterable[Pruning]) -> tuple[Pruning, ...]
     """Those asked for, each once.
 
     Raises:
-        ValueError: one that keeps nothing, of which a probe could read nothing; or a layer that does not exist.
+        ValueError: one that keeps nothing, of which a probe could read nothing; a layer that does not exist; or two
+            that rows could not tell apart, such as draws of several seeds.
     """
     given = tuple(dict.fromkeys(prunings))
+    names = [str(pruning) for pruning in given]
     for pruning in given:
+        if names.count(str(pruning)) > 1:
+            raise ValueError(
+                f"two prunings are called '{pruning}', so their rows could not be told apart; give one of them, and "
+                "the other (another seed, or a share that is nearly the same) to a diagnosis of its own"
+            )
         if pruning.keep == 0:
             raise ValueError("a pruning keeps no visual token, so there is nothing to probe; give keep above 0")
         with pruned(vlm, pruning):
@@ -93,7 +100,8 @@ def _rows(
         fields["variant"] = pruning
         whole = Key("probe_accuracy", common["target"], layer=layer)
         if whole not in unpruned:
-            note = f"layer {layer} was not captured without pruning"
+            probed = any(key.metric == whole.metric for key in unpruned.keys)
+            note = f"layer {layer} was not captured without pruning" if probed else "probes were not asked for"
             yield Measurement("pruning_loss", None, note=note, **fields), None
             continue
         lost = unpruned.of(whole)[test] - right

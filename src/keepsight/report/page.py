@@ -95,6 +95,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "weights": model.get("fingerprint"),
         "layers × width": " × ".join(str(info[key]) for key in ("depth", "width") if info.get(key) is not None),
         "PRe at layer": info.get("pre_layer"),
+        "visual tokens kept": info.get("pruning"),
         "seed": ", ".join(str(seed) for seed in run.loaded.seeds),
         "prompt": info.get("prompt"),
         "prompt SHA-256": (info.get("prompt_sha256") or "")[:16],

@@ -231,15 +231,19 @@ def line_of_points(number: int, points: Sequence[tuple[float, Measurement]], rol
         "y": [row.value for row in rows],
         "low": [row.low if row.low is not None else row.value for row in rows],
         "high": [row.high if row.high is not None else row.value for row in rows],
-        "text": [hover(row) for row in rows],
+        "text": [_number(row) for row in rows],
+        "sample": [write_sample(row) for row in rows],
     }
 
 
-def hover(row: Measurement) -> str:
-    """A row's number, interval and sample."""
-    """The number of a row, its interval and its sample."""
-    parts = (write_number(row.metric, row.value), write_interval(row.metric, row.low, row.high), write_sample(row))
+def _number(row: Measurement) -> str:
+    parts = (write_number(row.metric, row.value), write_interval(row.metric, row.low, row.high))
     return "  ".join(part for part in parts if part)
+
+
+def told(row: Measurement) -> str:
+    """A row's number, interval and sample."""
+    return "  ".join(part for part in (_number(row), write_sample(row)) if part)
 
 
 def chance(runs: Sequence[Run], target: str, tokens: str, end: int | None = None) -> list[dict[str, Any]]:
@@ -252,7 +256,7 @@ def chance(runs: Sequence[Run], target: str, tokens: str, end: int | None = None
             for row in run.curves[series].values():
                 if row.value is not None and row.value not in levels:
                     ends = {"x": [0, run.depth if end is None else end], "y": [row.value] * 2}
-                    levels[row.value] = {"run": number, "role": "chance", **ends, "text": [hover(row)] * 2}
+                    levels[row.value] = {"run": number, "role": "chance", **ends}
     return list(levels.values())
 
 
@@ -273,7 +277,7 @@ def _missing(runs: Sequence[Run], series: Sequence[Series]) -> str:
 def _numbers(runs: Sequence[Run], series: Series) -> list[dict[str, Any]]:
     layers = sorted({layer for run in runs for layer in run.curves.get(series, {}) if layer is not None})
     return [
-        {"layer": layer, "cells": [hover(row) if (row := run.at(series, layer)) else "–" for run in runs]}
+        {"layer": layer, "cells": [told(row) if (row := run.at(series, layer)) else "–" for run in runs]}
         for layer in layers
     ]
 

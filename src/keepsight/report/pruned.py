@@ -13,10 +13,10 @@ from keepsight.report.panels import (
     chance,
     csv_of_rows,
     draw_section,
-    hover,
     in_groups,
     line_of_points,
     sample_of,
+    told,
 )
 from keepsight.results import Measurement
 
@@ -52,14 +52,14 @@ def _points(run: Run, target: str) -> Points:
     """By rising share; at 100 % the probe without pruning."""
     found: Points = {}
     for series in run.select(PRUNED):
-        told = _VARIANT.fullmatch(series.variant)
-        if series.target != target or not told:
+        read = _VARIANT.fullmatch(series.variant)
+        if series.target != target or not read:
             continue
-        control = told["control"] or ""
+        control = read["control"] or ""
         for layer, row in run.curves[series].items():
-            how = f"{told['by']} {told['where']}, read at {layer}"
+            how = f"{read['by']} {read['where']}, read at {layer}"
             points = found.setdefault((how, control), _unpruned(run, Series("probe_accuracy", target, control), layer))
-            points.append((float(told["kept"]), row))
+            points.append((float(read["kept"]), row))
     return {key: sorted(dict(points).items()) for key, points in found.items()}
 
 
@@ -86,7 +86,7 @@ def _panel(runs: Sequence[Run], points: Sequence[Points], target: str, name: str
         ),
         sample=sample_of(row for line in opening for row in line.values()),
         numbers=[
-            {"layer": f"{share:g}", "cells": [hover(line[share]) if share in line else "–" for line in opening]}
+            {"layer": f"{share:g}", "cells": [told(line[share]) if share in line else "–" for line in opening]}
             for share in sorted({share for line in opening for share in line})
         ],
         axis=KEPT,

@@ -27,6 +27,7 @@ from keepsight.results.tasks import ANSWER_METRICS
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens", "attribution")  # for the terminal
 _ALL_VARIANTS = ("gap", "probe_accuracy_pruned")  # raw and centred, and all prunings, side by side
+_NONE_FIRST = ("probe_accuracy_pruned",)  # of prunings none stands for the others: they keep the order of the rows
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]
     order = {NEVER_ASKED: 0, ASKED: 1}
     targets = [target for target in targets_of(runs, name) if not target.startswith(PARTS)]
     for target in sorted(targets, key=lambda target: order.get(groups.get(target, ""), 2)):
-        chosen = [run.headline(name, target) for run in runs]
+        chosen = [] if name in _NONE_FIRST else [run.headline(name, target) for run in runs]
         if name in _ALL_VARIANTS:
             chosen += [
                 s

@@ -41,6 +41,8 @@ def _complement(one: LoadedRun, other: LoadedRun) -> bool:
     weights = [(run.info.get("model") or {}).get("fingerprint") for run in (one, other)]
     if one.label != other.label or not weights[0] or weights[0] != weights[1] or (one.answers and other.answers):
         return False
+    if one.info.get("pruning") != other.info.get("pruning"):
+        return False  # answers without most of the visual tokens are not the diagnosed model's
     return not {row.key for row in one.rows} & {row.key for row in other.rows}
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from keepsight.diagnosis import diagnose
-from keepsight.evaluation import Question, evaluate, keep
-from keepsight.results import Measurement, RunDirectory, merged
+from keepsight.evaluation import Evaluation, Question, evaluate, keep
+from keepsight.results import RunDirectory, merged
 from keepsight.testbed.drawing import render
 from keepsight.testbed.folders import vqa_items
 from keepsight.testbed.language import questions
@@ -29,7 +29,7 @@ def look_inside(
     asked: Sequence[Scene],
     *,
     turns: int,
-    prior: Sequence[Measurement],
+    prior: Evaluation,
     seed: int,
 ) -> RunDirectory:
     """Diagnose one arm on `diagnosed`, let it answer `turns` questions of each of `asked`, add the rows to its run."""
@@ -52,8 +52,9 @@ def look_inside(
     )
     items = vqa_items(asked, turns)
     answers = evaluate(model, processor, items, batch_size=64, max_new_tokens=4)
-    arm.write_rows([*result.rows, *answers.rows, *prior])
-    arm.write_per_image(merged([part for part in (result.per_image, answers.per_image) if part is not None]))
+    arm.write_rows([*result.rows, *answers.rows, *prior.rows])
+    parts = (result.per_image, answers.per_image, prior.per_image)
+    arm.write_per_image(merged([part for part in parts if part is not None]))
     arm.write_examples(result.examples)
     keep(arm, {"testbed": items}, {"testbed": answers})
     kept = ("depth", "width", "prompt", "counts", "targets")

@@ -105,7 +105,7 @@ def run(
         bar.update(drawing, total=1, completed=1)
 
         asked = test_scenes[: size.asked]
-        prior = text_only_prior(bare_questions(train_scenes, size.turns), bare_questions(asked, size.turns)).rows
+        prior = text_only_prior(bare_questions(train_scenes, size.turns), bare_questions(asked, size.turns))
         runs = []
         for name, weight in ARMS:
             model.load_state_dict(start)

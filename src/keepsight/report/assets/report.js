@@ -20,8 +20,32 @@
     return found.filter((piece) => piece.length);
   }
 
-  function traces(view, scale) {
+  // A template of Plotly's takes % for its own.
+  const literal = (text) => plain(text).replace(/%/g, "&#37;");
+  const nameOf = (line) => (line.role === "run" ? data.runs[line.run].label : line.name);
+  const namedLines = (view) => view.lines.filter((line) => line.role !== "chance");
+
+  // The sample that all points of a view have; hovering then tells it once.
+  function sampleOf(view) {
+    const found = new Set(namedLines(view).flatMap((line) => line.sample));
+    return found.size === 1 ? [...found][0] : "";
+  }
+
+  // What hovering tells of each point: on one line, or part below part where the figure is too narrow for that.
+  function hovered(view, width) {
+    const once = sampleOf(view);
+    const parts = (line) => line.text.map((text, i) => [text, once ? "" : line.sample[i]].filter(Boolean));
+    const letters = namedLines(view).flatMap((line) => parts(line).map((part) => [nameOf(line), ...part].join("  ").length));
+    const between = 7 * Math.max(0, ...letters) + 20 > width ? "<br>" : "  ";
+    return (line) => ({
+      customdata: parts(line).map((part) => part.map(plain).join(between)),
+      hovertemplate: (line.role === "run" ? "<b>" + literal(nameOf(line)) + "</b>" : literal(nameOf(line))) + between + "%{customdata}<extra></extra>",
+    });
+  }
+
+  function traces(view, scale, width) {
     const times = (values) => values.map((value) => (value === null ? null : value * scale));
+    const hover = hovered(view, width);
     const drawn = [];
     for (const line of view.lines) {
       const ink = inkOf(line.run);
@@ -30,7 +54,7 @@
         continue;
       }
       if (line.role === "control" || line.role === "part") {
-        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, line.role === "part" ? 0.8 : 0.6), width: 1, dash: line.role === "part" ? "solid" : "dot" }, customdata: line.text.map(plain), hovertemplate: plain(line.name).replace(/%/g, "&#37;") + "  %{customdata}<extra></extra>" });
+        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, line.role === "part" ? 0.8 : 0.6), width: 1, dash: line.role === "part" ? "solid" : "dot" }, ...hover(line) });
         continue;
       }
       for (const piece of pieces(line)) {
@@ -40,10 +64,9 @@
         drawn.push({ x: [...at, ...at.slice().reverse()], y: [...up, ...down.reverse()], fill: "toself", fillcolor: transparent(ink, 0.15), line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
       }
       drawn.push({
-        x: line.x, y: times(line.y), mode: "lines+markers", connectgaps: false, customdata: line.text.map(plain),
+        x: line.x, y: times(line.y), mode: "lines+markers", connectgaps: false, ...hover(line),
         line: { color: ink, width: 2, dash: line.solid ? "solid" : DASHES[line.run % DASHES.length] },
         marker: { color: ink, size: line.x.length > 20 ? 4 : 6.5, symbol: symbolOf(line.run) },
-        hovertemplate: "<b>" + plain(data.runs[line.run].label).replace(/%/g, "&#37;") + "</b>  %{customdata}<extra></extra>",
       });
     }
     return drawn;
@@ -88,7 +111,7 @@
     const nothing = view.lines.every((line) => line.y.every((value) => !value)); // left to itself the axis has 0 halfway
     return {
       ...frame(target), shapes, annotations, hovermode: "x unified",
-      xaxis: { ...axis(), range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: panel.axis, font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: byLayer ? "layer %{x}" : "%{x} % kept" } },
+      xaxis: { ...axis(), range: [-0.03 * depth - 0.1, 1.03 * depth + 0.1], dtick: step, tick0: 0, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colour("--rule"), title: { text: panel.axis, font: { size: 11, color: colour("--faint") }, standoff: 4 }, unifiedhovertitle: { text: [byLayer ? "layer %{x}" : "%{x} % kept", literal(sampleOf(view))].filter(Boolean).join("  ") } },
       yaxis: { ...axis(), range: range || (nothing ? [-0.06, 1] : undefined), zeroline: Boolean(panel.range), zerolinecolor: colour("--faint"), zerolinewidth: 1, nticks: 6, ticksuffix: panel.percent ? " %" : "" },
     };
   }
@@ -101,6 +124,24 @@
     return panel.views.reduce((best, view) => (fits(view) > fits(best) ? view : best));
   }
 
+  // The table below a figure, which the page opens with the first view in it, follows the selectors.
+  function tabulate(figure, view) {
+    const lines = view.lines.filter((line) => line.role === "run");
+    const samples = new Set(lines.flatMap((line) => line.sample));
+    const small = figure.querySelector("summary small");
+    if (small) small.textContent = samples.size === 1 ? [...samples][0] : "";
+    const cell = (name, text) => Object.assign(document.createElement(name), { textContent: text });
+    const places = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+    figure.querySelector("tbody").replaceChildren(...places.map((place) => {
+      const row = document.createElement("tr");
+      row.append(Object.assign(cell("th", place), { scope: "row" }), ...data.runs.map((_, number) => {
+        const line = lines.find((one) => one.run === number), at = line ? line.x.indexOf(place) : -1;
+        return cell("td", at < 0 ? "–" : [line.text[at], line.sample[at]].filter(Boolean).join("  "));
+      }));
+      return row;
+    }));
+  }
+
   function draw(target) {
     if (target.offsetParent === null) return; // folded away: drawn when it is opened
     const panel = data.panels[target.dataset.panel];
@@ -108,13 +149,14 @@
     const section = target.closest("section");
     const view = pick(panel, section);
     const scale = panel.percent ? 100 : 1;
-    Plotly.react(target, traces(view, scale), layout(panel, view, scale, target), { displayModeBar: false });
+    Plotly.react(target, traces(view, scale, target.clientWidth), layout(panel, view, scale, target), { displayModeBar: false });
     if (panel.range && !target.dataset.clicks) {
       target.dataset.clicks = "true";
       target.on("plotly_click", (event) => attribution.choose(event.points[0].x));
     }
     const label = [view.variant, view.tokens === "all" ? "" : view.tokens].filter(Boolean).join(", ");
-    const heading = target.closest("figure").querySelector("h4");
+    const figure = target.closest("figure"), heading = figure.querySelector("h4");
+    if (panel.views.length > 1) tabulate(figure, view);
     let small = heading.querySelector("small");
     if (label && !small) { small = document.createElement("small"); heading.append(" ", small); }
     if (small) small.textContent = label;
