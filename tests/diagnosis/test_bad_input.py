@@ -114,6 +114,17 @@ def test_a_file_listed_twice_is_counted_under_two_names(parts, tmp_path):
     assert result.info["counts"]["repeated images"] == 1
 
 
+def test_files_in_formats_that_are_not_read_are_counted(parts, tmp_path):
+    (tmp_path / "b.HEIC").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"no pictures in .* not \.avif, .* \(1 files\)"):
+        diagnose(*parts, tmp_path, metrics=(), **FEW)
+    picture("red", 0)[0].save(tmp_path / "a.png")
+    result = diagnose(*parts, tmp_path, metrics=(), **FEW)
+    counts = result.info["counts"]
+    assert (counts["images"], counts["files in formats that are not read"]) == (1, 1)
+
+
 def test_phones_second_pictures_are_no_animation(tmp_path):
     frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])

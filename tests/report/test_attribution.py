@@ -111,7 +111,7 @@ def test_csv_of_both_figures(page: Page, three: LoadedRun) -> None:
     tables = {
         name: list(csv.DictReader(io.StringIO(unquote(uri.partition(",")[2])))) for name, uri in files.items() if uri
     }
-    assert len(tables) == 2 * 5
+    assert len(tables) == 2 * 5 + 1  # and that of the dots under the verdict
     lines = tables["attribution-0-checkpoints.csv"]
     assert len(lines) == 3 * 8 * (DEPTH + 1)
     chosen = [line for line in lines if (line["training"], line["layer"]) == ("seed-2", "6")]

@@ -1,7 +1,9 @@
 """The page: one file, no network, what it holds and in which order, and strings that try to be markup."""
 
+import csv
 import dataclasses
 import html
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -164,7 +166,26 @@ def test_a_null_of_several_variants_is_named_once(base: LoadedRun) -> None:
     (section,) = (one for one in SECTIONS if one.id == "structure")
     drawn = draw_section(open_runs([dataclasses.replace(base, rows=rows)]), section)
     assert drawn is not None
-    assert drawn.controls == ["random weights"]
+    assert drawn.controls == ["random weights (dashes)"]
+
+
+def test_dots_and_table_as_csv(page: Page) -> None:
+    files = {attributes["download"]: attributes["href"] for _, attributes in page.tags if "download" in attributes}
+    tables = {
+        name: list(csv.DictReader(io.StringIO(unquote(uri.partition(",")[2]))))
+        for name, uri in files.items()
+        if name in ("Patch gap, difference in cosine.csv", "Answers.csv", "table.csv")
+    }
+    (gap,) = tables["Patch gap, difference in cosine.csv"]
+    assert (gap["of"], gap["run"], gap["value"], gap["interval"]) == (
+        "centred gap", "with PRe", "+0.117", "[0.094, 0.140]",
+    )  # fmt: skip
+    answers = [line for line in tables["Answers.csv"] if line["of"] == "all questions"]
+    assert [(line["run"], line["kind"]) for line in answers] == [
+        ("baseline", "prior"), ("baseline", "run"), ("with PRe", "run"),
+    ]  # fmt: skip
+    lines = [line for line in tables["table.csv"] if (line["measure"], line["layer"]) == ("Gap, centred", "4 middle")]
+    assert [(line["run"], line["difference"]) for line in lines] == [("baseline", ""), ("with PRe", "+0.117")]
 
 
 def test_a_layer_without_a_value_is_a_gap_with_its_reason(page: Page) -> None:

@@ -46,8 +46,8 @@ def test_points_rise_to_the_probe_without_pruning(runs):
     (panel,) = pruned.panels
     assert (panel.axis, panel.title, panel.percent) == (KEPT, "texture", True)
     first, second = panel.views
-    assert first["variant"] == "attention after layer 1, read at 2"
-    assert second["variant"] == "random after layer 1, read at 2"
+    assert first["variant"] == "attention after layer 1, read at the last"
+    assert second["variant"] == "random after layer 1, read at the last"
     assert [choice.variants for choice in pruned.choices] == [[first["variant"], second["variant"]]]
     lines = {(line["run"], line["role"]): line for line in first["lines"]}
     assert (lines[0, "run"]["x"], lines[0, "run"]["y"]) == ([12.5, 50.0, 100.0], [0.4, 0.7, 0.8])

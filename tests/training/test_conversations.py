@@ -252,6 +252,8 @@ def test_data_sets_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     saved, empty, file = tmp_path / "saved", tmp_path / "empty", write(tmp_path, entry("hello", "world"))
     datasets.Dataset.from_dict({"messages": ["a"]}).save_to_disk(saved)
+    with pytest.raises(ValueError, match=r"was saved without splits, so it has no 'val'; leave data\.split out"):
+        load_source(dataset=str(saved), split="val")
     cut = next(saved.glob("*.arrow"))
     cut.write_bytes(cut.read_bytes()[:100])
     empty.mkdir()

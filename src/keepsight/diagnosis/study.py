@@ -148,6 +148,7 @@ class Study:
         rare = {
             "animated images, first frame taken": len(seen.animated),
             "repeated images": self.pictures.repeated,
+            "files in formats that are not read": self.pictures.unread,
             "classes left out of probes": sum(len(too_small(values, looked.done)) for values in labels.values()),
         }
         return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from keepsight.report.curves import Run, Series, targets_of
 from keepsight.report.findings import Finding, between, within
 from keepsight.report.metrics import metric, write_interval, write_number, write_sample
+from keepsight.report.panels import csv_uri
 from keepsight.results import Measurement
 
 
@@ -43,6 +44,19 @@ class Block:
     tracks: list[Track]
     ticks: list[tuple[float, str]]
     zero: float | None = None
+
+    def csv(self, runs: Sequence[Run]) -> str:
+        """Its numbers as `csv_uri` gives them; `runs`: those that the dots tell by number."""
+        columns = ["figure", "of", "group", "run", "kind", "value", "interval", "sample"]
+        return csv_uri(
+            columns,
+            (
+                dict(zip(columns, (self.title, track.label, track.group, run, *told, dot.sample), strict=True))
+                for track in self.tracks
+                for dot in track.dots
+                for run, told in ((runs[dot.run].label, (dot.kind, dot.text, dot.interval)),)
+            ),
+        )
 
 
 _TITLES = {

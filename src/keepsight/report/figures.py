@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SIZE = 3.4, 2.5  # inches: a column of a two-column paper
 INKS = ("#5a6b80", "#c4501b", "#1f7a63", "#7a4aa0", "#94700c", "#b03468")  # as in report.css, on white
 FAINT = "#8b867c"
+LINES = {"dot": ":", "dashdot": "-.", "longdash": (0, (6, 3))}
 MARKERS = ("o", "D", "s")
 
 
@@ -30,7 +31,7 @@ def figures(
     """Every curve that a report of `runs` shows: metric, or "metric, target", → a Matplotlib figure.
 
     By layer or, under pruning, by the share of visual tokens kept. Runs are overlaid (attributions, as r by layer,
-    among themselves), with their 95 % intervals, their controls dotted, chance dashed, and the layer of PRe marked.
+    among themselves), with their 95 % intervals, their controls thin, chance dashed, and the layer of PRe marked.
     The figures are no part of pyplot and need no closing: `figures(runs)["gap"].savefig("gap.pdf")`.
 
     Args:
@@ -79,7 +80,7 @@ def _draw(axes: Any, runs: Sequence[Run], panel: Panel, view: dict[str, Any]) ->
         if line["role"] == "chance":
             axes.plot(line["x"], scaled(line["y"]), color=FAINT, lw=0.8, ls="--")
         elif line["role"] == "control":
-            axes.plot(line["x"], scaled(line["y"]), color=ink, lw=0.8, ls=":", alpha=0.7)
+            axes.plot(line["x"], scaled(line["y"]), color=ink, lw=0.8, ls=LINES[line["dash"]], alpha=0.7)
         else:
             axes.fill_between(line["x"], scaled(line["low"]), scaled(line["high"]), color=ink, alpha=0.15, lw=0)
             axes.plot(line["x"], scaled(line["y"]), color=ink, lw=1.4, marker=marker, ms=3, label=runs[number].label)

@@ -170,9 +170,15 @@ ATTRIBUTION = Section(
 
 # The variant that a figure opens with and that the table and the verdict use, best first.
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
-# Drawn as thin lines under the metric's own.
-CONTROL_VARIANTS = ("shuffled labels", "another image, same place", "position only", "permuted images")
-NULL_VARIANTS = ("random weights",)
+# Drawn as thin lines under the metric's own, by the names that Plotly has for dashes.
+CONTROL_VARIANTS = {
+    "shuffled labels": "dot",
+    "another image, same place": "dot",
+    "permuted images": "dot",
+    "position only": "dashdot",
+}
+NULL_VARIANTS = {"random weights": "longdash"}
+DASHES = {"dot": "dotted", "dashdot": "dashes and dots", "longdash": "dashes"}
 # Both stand alone, or after the variant that they belong to: "raw, random weights".
 
 # Targets of structure rows that are of some objects only: their first metric's figures are folded away.
@@ -197,6 +203,11 @@ def control_of(variant: str) -> str | None:
         if variant == null or variant.endswith(f", {null}"):
             return variant.removesuffix(null).removesuffix(", ")
     return None
+
+
+def dash_of(control: str) -> str:
+    """How the line of a control is drawn."""
+    return next(dash for name, dash in (CONTROL_VARIANTS | NULL_VARIANTS).items() if control.endswith(name))
 
 
 def preferred(variants: set[str]) -> str:

@@ -17,7 +17,7 @@ from keepsight.report.evidence import answer_block, evidence
 from keepsight.report.explorer import gather
 from keepsight.report.metrics import write_interval, write_number, write_sample
 from keepsight.report.pruned import draw_sections
-from keepsight.report.tables import Line, answers, others, said, summary
+from keepsight.report.tables import Line, answers, csv_of_lines, others, said, summary
 
 COLOURS = 6  # in report.css; further runs start again from the first
 
@@ -46,6 +46,7 @@ def render(opened: Sequence[Run], title: str, verdict: str) -> str:
     environment.filters["number"] = lambda row: write_number(row.metric, row.value)
     environment.filters["interval"] = lambda row: write_interval(row.metric, row.low, row.high)
     environment.filters["sample"] = write_sample
+    environment.tests["search"] = lambda text, part: part in text
     template = environment.get_template("report.html.j2")
     return template.render(
         title=title,
@@ -59,6 +60,7 @@ def render(opened: Sequence[Run], title: str, verdict: str) -> str:
         notes=list(dict.fromkeys(note for run in everyone if (note := run.loaded.info.get("note")))),
         sections=sections,
         summary=[(title, list(lines)) for title, lines in groupby(summary(runs), key=lambda line: line.title)],
+        table_csv=csv_of_lines(runs),
         answers=answer_block(runs),
         changed=changed(runs),
         prior=any(run.select("answer_prior") for run in runs),

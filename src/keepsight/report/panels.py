@@ -10,6 +10,7 @@ from urllib.parse import quote
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import (
     ASKED,
+    DASHES,
     GROUP_TITLES,
     NEVER_ASKED,
     PARTS,
@@ -17,6 +18,7 @@ from keepsight.report.metrics import (
     PREFERRED_VARIANTS,
     Section,
     control_of,
+    dash_of,
     metric,
     preferred,
     write_interval,
@@ -82,11 +84,12 @@ class Figures:
 
     @property
     def controls(self) -> list[str]:
-        """Names of the thin dotted lines, in the order of their first figure."""
+        """The thin lines, "shuffled labels (dotted)", in the order of their first figure."""
         lines = (line for panel in self.panels for view in panel.views for line in view["lines"])
         names = dict.fromkeys(line["name"] for line in lines if line["role"] == "control")
         # "raw, random weights" and "centred, random weights" are one control, each beside its own.
-        return list(dict.fromkeys(name.removeprefix(f"{control_of(name)}, ") for name in names))
+        alone = dict.fromkeys(name.removeprefix(f"{control_of(name)}, ") for name in names)
+        return [f"{name} ({DASHES[dash_of(name)]})" for name in alone]
 
     @property
     def panels(self) -> list[Panel]:
@@ -180,7 +183,7 @@ def _panel(runs: Sequence[Run], section: Section, name: str, target: str) -> Pan
     for series in main:
         lines = [line_of(number, run, series, "run") for number, run in enumerate(runs) if series in run.curves]
         lines += [
-            {**line_of(number, run, control, "control"), "name": control.variant}
+            {**line_of(number, run, control, "control"), "name": control.variant, "dash": dash_of(control.variant)}
             for control in controls
             if control.tokens == series.tokens
             and control != series

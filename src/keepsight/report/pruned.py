@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keepsight.report.curves import Run, Series, target_groups, targets_of
-from keepsight.report.metrics import SECTIONS, Section, metric
+from keepsight.report.metrics import SECTIONS, Section, dash_of, metric
 from keepsight.report.panels import (
     Choice,
     Figures,
@@ -22,7 +22,7 @@ from keepsight.results import Measurement
 
 PRUNED = "probe_accuracy_pruned"
 KEPT = "visual tokens kept (%)"
-_VARIANT = re.compile(r"(?P<by>\w+), (?P<kept>[\d.]+)% (?P<where>after layer \d+)(, (?P<control>.+))?")
+_VARIANT = re.compile(r"(?P<by>\w+), (?P<kept>[\d.e+-]+)% (?P<where>after layer \d+)(, (?P<control>.+))?")
 
 Points = dict[tuple[str, str], list[tuple[float, Measurement]]]  # (how pruned, the control or "") → share in %, row
 
@@ -51,13 +51,14 @@ def _draw_pruned(runs: Sequence[Run], section: Section) -> Figures | None:
 def _points(run: Run, target: str) -> Points:
     """By rising share; at 100 % the probe without pruning."""
     found: Points = {}
+    places: dict[int | None, str] = {run.depth: "the last", run.middle: "the middle layer"}
     for series in run.select(PRUNED):
         read = _VARIANT.fullmatch(series.variant)
         if series.target != target or not read:
             continue
         control = read["control"] or ""
         for layer, row in run.curves[series].items():
-            how = f"{read['by']} {read['where']}, read at {layer}"
+            how = f"{read['by']} {read['where']}, read at {places.get(layer, f'layer {layer}')}"
             points = found.setdefault((how, control), _unpruned(run, Series("probe_accuracy", target, control), layer))
             points.append((float(read["kept"]), row))
     return {key: sorted(dict(points).items()) for key, points in found.items()}
@@ -95,7 +96,9 @@ def _panel(runs: Sequence[Run], points: Sequence[Points], target: str, name: str
 
 def _view(runs: Sequence[Run], points: Sequence[Points], target: str, variant: str) -> dict[str, Any]:
     lines = [
-        {**line_of_points(number, line, "control" if control else "run"), "name": control}
+        {**line_of_points(number, line, "run")}
+        if not control
+        else {**line_of_points(number, line, "control"), "name": control, "dash": dash_of(control)}
         for number, each in enumerate(points)
         for (how, control), line in each.items()
         if how == variant

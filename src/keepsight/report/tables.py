@@ -22,12 +22,13 @@ from keepsight.report.metrics import (
     write_number,
     write_sample,
 )
+from keepsight.report.panels import csv_uri
 from keepsight.results import LoadedRun, Measurement, RunDirectory
 from keepsight.results.tasks import ANSWER_METRICS
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens", "attribution")  # for the terminal
-_ALL_VARIANTS = ("gap", "probe_accuracy_pruned")  # raw and centred, and all prunings, side by side
-_NONE_FIRST = ("probe_accuracy_pruned",)  # of prunings none stands for the others: they keep the order of the rows
+_PRUNED = ("probe_accuracy_pruned", "pruning_loss")  # last, being many; none of their variants stands for the others
+_ALL_VARIANTS = ("gap", *_PRUNED)  # raw and centred, and all prunings, side by side
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,27 @@ class Line:
 
 def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
     """The lines of the table; `full=False` keeps the metrics that a terminal has room for."""
-    wanted = [name for section in (*SECTIONS, ATTRIBUTION) for name in section.metrics if full or name in _SHORT]
+    named = [name for section in (*SECTIONS, ATTRIBUTION) for name in section.metrics if name not in _PRUNED]
+    wanted = [name for name in (*named, *_PRUNED) if full or name in _SHORT]
     lines = [line for name in wanted for item in _series(runs, name) for line in _lines(runs, *item)]
     if full:
         return lines
     said = answers(runs)
     return lines + said[:1] if lines else said  # a run of answers only: by type, too
+
+
+def csv_of_lines(runs: Sequence[Run]) -> str:
+    """The table as a CSV, as `csv_uri` gives it: a line for each number of each run."""
+    columns = ["measure", "group", "layer", "run", "value", "interval", "difference", "its interval", "n, seed"]
+    return csv_uri(
+        columns,
+        (
+            dict(zip(columns, (line.title, line.group, line.place, run.label, *cells, line.sample), strict=True))
+            for line in summary(runs)
+            for run, value, apart in zip(runs, line.values, (Cell(""), *line.differences), strict=True)
+            for cells in ((value.value, value.interval, apart.value, apart.interval),)
+        ),
+    )
 
 
 def answers(runs: Sequence[Run]) -> list[Line]:
@@ -80,7 +96,7 @@ def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
 
     A number without sinks is listed where it is not that of all tokens.
     """
-    shown = {name for section in SECTIONS for name in (*section.metrics, *section.more)}
+    shown = {*_PRUNED, *(name for section in SECTIONS for name in (*section.metrics, *section.more))}
     apart = {"answer_accuracy", "answer_prior", "answer_f1", "pair_accuracy", "probe_chance"}  # in figures of their own
     found = []
     for run in runs:
@@ -182,7 +198,7 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]
     order = {NEVER_ASKED: 0, ASKED: 1}
     targets = [target for target in targets_of(runs, name) if not target.startswith(PARTS)]
     for target in sorted(targets, key=lambda target: order.get(groups.get(target, ""), 2)):
-        chosen = [] if name in _NONE_FIRST else [run.headline(name, target) for run in runs]
+        chosen = [] if name in _PRUNED else [run.headline(name, target) for run in runs]
         if name in _ALL_VARIANTS:
             chosen += [
                 s

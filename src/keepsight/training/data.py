@@ -163,4 +163,6 @@ def _load_dataset(path: str, split: str) -> Any:
         if split not in loaded:
             raise ValueError(f"'{path}' has no split {split!r}; it has {sorted(loaded)}.")
         return loaded[split]
+    if saved and split != "train":
+        raise ValueError(f"'{path}' was saved without splits, so it has no {split!r}; leave data.split out.")
     return loaded

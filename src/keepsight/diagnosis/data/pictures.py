@@ -18,6 +18,8 @@ from keepsight.diagnosis.data.mask_formats import check_format, read_objects
 from keepsight.images import inside, open_image, refuse_url
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# Pictures, too, but of formats that are not read: left out of a folder, and counted.
+UNREAD = frozenset({".avif", ".dng", ".eps", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg"})
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ class Picture:
 class Pictures:
     """Pictures in a fixed order, and label sets: {target: one label (or None) per picture}.
 
-    repeated: how many of a list of files are there more than once.
+    repeated: how many of a list of files are there more than once; unread: files of a folder in formats not read.
     """
 
     items: Sequence[Picture]
     labels: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     unlabelled: str = "no labels were given"  # why there are no label sets, where there are none
     repeated: int = 0
+    unread: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -100,12 +103,12 @@ def find_pictures(
         ValueError: nothing found, an ambiguous folder, a path that leaves the folder, a URL, or lists of other lengths.
         FileNotFoundError: a folder that does not exist.
     """
-    unlabelled = "no labels were given"
+    unlabelled, unread = "no labels were given", 0
     _refuse_single(images)
     check_format(mask_format)
     if isinstance(images, (str, Path)):
         root = folder(images, "image folder")
-        relative, found = _walk(root, among_pictures(images, masks, mask_suffix))
+        relative, found, unread = _walk(root, among_pictures(images, masks, mask_suffix))
         unlabelled = "no labels: pictures in one flat folder have no classes"
         sources: list[Any] = [root / path for path in relative]
         names = [path.as_posix() for path in relative]
@@ -122,7 +125,10 @@ def find_pictures(
         sources, found = [_listed(entry) for entry in images], {}
         names = [str(entry) if isinstance(entry, Path) else f"picture {i}" for i, entry in enumerate(sources)]
     if not sources:
-        raise ValueError(f"no pictures in {_short(images)}; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        others = f", not {', '.join(sorted(UNREAD))} ({unread} files)" if unread else ""
+        raise ValueError(
+            f"no pictures in {_short(images)}; expected files ending in {', '.join(sorted(SUFFIXES))}{others}"
+        )
     items = [
         Picture(name, source, mask, mask_format)
         for name, source, mask in zip(
@@ -130,7 +136,7 @@ def find_pictures(
         )
     ]
     given = _labels(labels, len(items)) if labels is not None else found
-    return Pictures(items, given, unlabelled, len(names) - len(set(names)))
+    return Pictures(items, given, unlabelled, len(names) - len(set(names)), unread)
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
@@ -152,8 +158,10 @@ def _refuse_single(images: Any) -> None:
         )
 
 
-def _walk(root: Path, mask_ending: str) -> tuple[list[Path], dict[str, list[str | None]]]:
-    files = _files(root, root, (os.path.realpath(root),))
+def _walk(root: Path, mask_ending: str) -> tuple[list[Path], dict[str, list[str | None]], int]:
+    """The pictures, their classes where they lie in subfolders, and how many more are in formats that are not read."""
+    every = list(_files(root, root, (os.path.realpath(root),)))
+    files = [path for path in every if path.suffix.lower() in SUFFIXES]
     paths = sorted(path.relative_to(root) for path in files if not (mask_ending and path.name.endswith(mask_ending)))
     for path in paths:
         inside(path, root)
@@ -163,7 +171,8 @@ def _walk(root: Path, mask_ending: str) -> tuple[list[Path], dict[str, list[str 
             f"'{root}' holds pictures directly (such as '{paths[nested.index(False)]}') and in subfolders ("
             f"'{paths[nested.index(True)]}'); expected one subfolder per class, or none"
         )
-    return paths, {"class": [path.parts[0] for path in paths]} if any(nested) else {}
+    classes: list[str | None] = [path.parts[0] for path in paths]
+    return paths, {"class": classes} if any(nested) else {}, len(every) - len(files)
 
 
 def _files(folder: Path, root: Path, above: tuple[str, ...]) -> Iterator[Path]:
@@ -177,7 +186,7 @@ def _files(folder: Path, root: Path, above: tuple[str, ...]) -> Iterator[Path]:
             if real in above:
                 raise ValueError(f"'{relative}' in '{root}' is a link to a folder that holds it; remove the link")
             yield from _files(path, root, (*above, real))
-        elif path.suffix.lower() in SUFFIXES:
+        elif path.suffix.lower() in SUFFIXES | UNREAD:
             yield path
 
 

@@ -54,7 +54,7 @@
         continue;
       }
       if (line.role === "control" || line.role === "part") {
-        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, line.role === "part" ? 0.8 : 0.6), width: 1, dash: line.role === "part" ? "solid" : "dot" }, ...hover(line) });
+        drawn.push({ x: line.x, y: times(line.y), mode: "lines", line: { color: transparent(ink, line.role === "part" ? 0.8 : 0.6), width: 1, dash: line.dash || "solid" }, ...hover(line) });
         continue;
       }
       for (const piece of pieces(line)) {
