@@ -56,7 +56,7 @@ def test_points_rise_to_the_probe_without_pruning(runs):
     assert (lines[0, "control"]["x"], lines[0, "control"]["y"]) == ([12.5, 50.0, 100.0], [0.26, 0.26, 0.24])
     assert lines[0, "control"]["name"] == "shuffled labels"
     assert lines[0, "chance"]["x"] == [0, 100]
-    assert [line["layer"] for line in panel.numbers] == ["12.5", "50", "100"]
+    assert [line["place"] for line in panel.numbers] == ["12.5", "50", "100"]
     assert [cell[:6] for cell in panel.numbers[0]["cells"]] == ["40.0 %", "–"]
     table = list(csv.DictReader(io.StringIO(unquote(panel.csv.partition(",")[2]))))
     told = {(row["run"], row["metric"], row["variant"]): row["value"] for row in table if row["run"] == "with PRe"}

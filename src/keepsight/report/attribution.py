@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from keepsight.report.csv_links import csv_of, csv_uri
 from keepsight.report.curves import Run, Series, open_runs
 from keepsight.report.evidence import Block
 from keepsight.report.metrics import ATTRIBUTION, Section, metric, write_value
-from keepsight.report.panels import Panel, csv_of, csv_uri, draw_section, line_of
+from keepsight.report.panels import Panel, draw_section, line_of
 from keepsight.report.trend import block, sentence
 from keepsight.results import LoadedRun, Measurement, Point
 from keepsight.results.points import FIDELITY, by_training

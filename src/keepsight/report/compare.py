@@ -6,14 +6,12 @@ from collections.abc import Collection, Iterator, Sequence
 
 from keepsight.report.curves import Run, Series, apart, open_runs
 from keepsight.report.findings import difference
-from keepsight.report.metrics import control_of, difference_parts, write_interval, write_number, write_sample
+from keepsight.report.metrics import PRUNING, control_of, difference_parts, write_interval, write_number, write_sample
 from keepsight.results import LoadedRun, Measurement
 from keepsight.results.arms import Over, pool
 from keepsight.results.gate import Condition, verdict
 from keepsight.results.intervals import Estimate
 from keepsight.results.trend import ATTRIBUTION
-
-PRUNED = ("probe_accuracy_pruned", "pruning_loss")  # metrics whose variants tell what was done to the model
 
 
 def differences(arms: Sequence[Sequence[LoadedRun]]) -> list[Measurement]:
@@ -94,11 +92,10 @@ def _rows(condition: Condition, run: Run) -> Iterator[tuple[Series, Measurement]
         headline = run.headline(condition.metric, target)
         if headline is None or condition.target not in (None, target):
             continue
-        # Prunings are no variants of one number: none of them stands for the others.
         alike = [
             series
             for series in run.select(condition.metric)
-            if condition.metric in PRUNED and series.target == target and control_of(series.variant) is None
+            if condition.metric in PRUNING and series.target == target and control_of(series.variant) is None
         ]
         for series in alike or [headline]:
             curve = run.curves[series]

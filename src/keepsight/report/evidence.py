@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keepsight.report.csv_links import csv_uri
 from keepsight.report.curves import Run, Series, targets_of
 from keepsight.report.findings import Finding, between, within
 from keepsight.report.metrics import metric, write_interval, write_number, write_sample
-from keepsight.report.panels import csv_uri
 from keepsight.results import Measurement
 
 
@@ -50,12 +50,20 @@ class Block:
         columns = ["figure", "of", "group", "run", "kind", "value", "interval", "sample"]
         return csv_uri(
             columns,
-            (
-                dict(zip(columns, (self.title, track.label, track.group, run, *told, dot.sample), strict=True))
+            [
+                {
+                    "figure": self.title,
+                    "of": track.label,
+                    "group": track.group,
+                    "run": runs[dot.run].label,
+                    "kind": dot.kind,
+                    "value": dot.text,
+                    "interval": dot.interval,
+                    "sample": dot.sample,
+                }
                 for track in self.tracks
                 for dot in track.dots
-                for run, told in ((runs[dot.run].label, (dot.kind, dot.text, dot.interval)),)
-            ),
+            ],
         )
 
 

@@ -170,21 +170,24 @@ ATTRIBUTION = Section(
 
 # The variant that a figure opens with and that the table and the verdict use, best first.
 PREFERRED_VARIANTS = ("", "centred", "covariance", "raw", "correlation")
-# Drawn as thin lines under the metric's own, by the names that Plotly has for dashes.
-CONTROL_VARIANTS = {
+# Drawn as thin lines under the metric's own, by the names that Plotly has for dashes. A control stands alone, or after
+# the variant that it belongs to: "raw, random weights".
+CONTROLS = {
     "shuffled labels": "dot",
     "another image, same place": "dot",
     "permuted images": "dot",
     "position only": "dashdot",
+    "random weights": "longdash",
 }
-NULL_VARIANTS = {"random weights": "longdash"}
-DASHES = {"dot": "dotted", "dashdot": "dashes and dots", "longdash": "dashes"}
-# Both stand alone, or after the variant that they belong to: "raw, random weights".
+DASHES = {"dot": "dotted", "dashdot": "dashes and dots", "longdash": "dashes"}  # in words
+
+# Metrics whose variants tell what was done to the model: none of them stands for the others.
+PRUNING = ("probe_accuracy_pruned", "pruning_loss")
 
 # Targets of structure rows that are of some objects only: their first metric's figures are folded away.
 PARTS, PARTS_TITLE = "objects: ", "By size and class of the objects"
 
-MOST_DIGITS = 8
+MOST_DIGITS = 8  # that a difference is written with
 
 ASKED, NEVER_ASKED = "asked", "never asked"
 GROUP_TITLES = {NEVER_ASKED: "Never asked about", ASKED: "Asked about", "": ""}
@@ -197,17 +200,15 @@ def metric(name: str) -> Metric:
 
 def control_of(variant: str) -> str | None:
     """The variant that a control belongs to; "" for any; None where it is no control."""
-    if variant in CONTROL_VARIANTS:
-        return ""
-    for null in (*NULL_VARIANTS, *CONTROL_VARIANTS):
-        if variant == null or variant.endswith(f", {null}"):
-            return variant.removesuffix(null).removesuffix(", ")
+    for control in CONTROLS:
+        if variant == control or variant.endswith(f", {control}"):
+            return variant.removesuffix(control).removesuffix(", ")
     return None
 
 
 def dash_of(control: str) -> str:
     """How the line of a control is drawn."""
-    return next(dash for name, dash in (CONTROL_VARIANTS | NULL_VARIANTS).items() if control.endswith(name))
+    return next(dash for name, dash in CONTROLS.items() if control.endswith(name))
 
 
 def preferred(variants: set[str]) -> str:

@@ -1,12 +1,10 @@
-"""Rows → the data of the interactive figures: plain dictionaries that report.js draws, and a CSV of each."""
+"""Rows → the data of the interactive figures: plain dictionaries that report.js draws."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
+from keepsight.report.csv_links import csv_of
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import (
     ASKED,
@@ -280,7 +278,7 @@ def _missing(runs: Sequence[Run], series: Sequence[Series]) -> str:
 def _numbers(runs: Sequence[Run], series: Series) -> list[dict[str, Any]]:
     layers = sorted({layer for run in runs for layer in run.curves.get(series, {}) if layer is not None})
     return [
-        {"layer": layer, "cells": [told(row) if (row := run.at(series, layer)) else "–" for run in runs]}
+        {"place": layer, "cells": [told(row) if (row := run.at(series, layer)) else "–" for run in runs]}
         for layer in layers
     ]
 
@@ -294,23 +292,3 @@ def sample_of(rows: Iterable[Measurement]) -> str:
     """The sample of all these rows, or nothing where it differs."""
     samples = {write_sample(row) for row in rows}
     return samples.pop() if len(samples) == 1 else ""
-
-
-def csv_of(runs: Sequence[Run], series: Sequence[Series]) -> str:
-    """All rows of a figure, as `csv_uri` gives them."""
-    return csv_of_rows((run, row) for run in runs for item in series for row in run.curves.get(item, {}).values())
-
-
-def csv_of_rows(rows: Iterable[tuple[Run, Measurement]]) -> str:
-    """These rows, as `csv_uri` gives them."""
-    columns = ["run", *Measurement.__dataclass_fields__]
-    return csv_uri(columns, ({"run": run.label, **asdict(row)} for run, row in rows))
-
-
-def csv_uri(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
-    """A CSV as a data URI, so that the page needs no other file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return "data:text/csv;charset=utf-8," + quote(text.getvalue())

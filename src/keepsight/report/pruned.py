@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from keepsight.report.csv_links import csv_of_rows
 from keepsight.report.curves import Run, Series, target_groups, targets_of
 from keepsight.report.metrics import SECTIONS, Section, dash_of, metric
 from keepsight.report.panels import (
@@ -11,7 +12,6 @@ from keepsight.report.panels import (
     Figures,
     Panel,
     chance,
-    csv_of_rows,
     draw_section,
     in_groups,
     line_of_points,
@@ -87,7 +87,7 @@ def _panel(runs: Sequence[Run], points: Sequence[Points], target: str, name: str
         ),
         sample=sample_of(row for line in opening for row in line.values()),
         numbers=[
-            {"layer": f"{share:g}", "cells": [told(line[share]) if share in line else "–" for line in opening]}
+            {"place": f"{share:g}", "cells": [told(line[share]) if share in line else "–" for line in opening]}
             for share in sorted({share for line in opening for share in line})
         ],
         axis=KEPT,
@@ -96,9 +96,8 @@ def _panel(runs: Sequence[Run], points: Sequence[Points], target: str, name: str
 
 def _view(runs: Sequence[Run], points: Sequence[Points], target: str, variant: str) -> dict[str, Any]:
     lines = [
-        {**line_of_points(number, line, "run")}
-        if not control
-        else {**line_of_points(number, line, "control"), "name": control, "dash": dash_of(control)}
+        line_of_points(number, line, "control" if control else "run")
+        | ({"name": control, "dash": dash_of(control)} if control else {})
         for number, each in enumerate(points)
         for (how, control), line in each.items()
         if how == variant

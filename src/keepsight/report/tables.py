@@ -7,6 +7,7 @@ from itertools import zip_longest
 from rich.table import Table
 from rich.text import Text
 
+from keepsight.report.csv_links import csv_uri
 from keepsight.report.curves import Run, Series, open_runs, target_groups, targets_of
 from keepsight.report.findings import difference
 from keepsight.report.metrics import (
@@ -14,6 +15,7 @@ from keepsight.report.metrics import (
     ATTRIBUTION,
     NEVER_ASKED,
     PARTS,
+    PRUNING,
     SECTIONS,
     control_of,
     difference_parts,
@@ -22,13 +24,11 @@ from keepsight.report.metrics import (
     write_number,
     write_sample,
 )
-from keepsight.report.panels import csv_uri
 from keepsight.results import LoadedRun, Measurement, RunDirectory
 from keepsight.results.tasks import ANSWER_METRICS
 
 _SHORT = ("probe_accuracy", "gap", "contrast", "participation_ratio", "sink_tokens", "attribution")  # for the terminal
-_PRUNED = ("probe_accuracy_pruned", "pruning_loss")  # last, being many; none of their variants stands for the others
-_ALL_VARIANTS = ("gap", *_PRUNED)  # raw and centred, and all prunings, side by side
+_ALL_VARIANTS = ("gap", *PRUNING)  # raw and centred, and all prunings, side by side
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Line:
 
 def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
     """The lines of the table; `full=False` keeps the metrics that a terminal has room for."""
-    named = [name for section in (*SECTIONS, ATTRIBUTION) for name in section.metrics if name not in _PRUNED]
-    wanted = [name for name in (*named, *_PRUNED) if full or name in _SHORT]
+    named = [name for section in (*SECTIONS, ATTRIBUTION) for name in section.metrics if name not in PRUNING]
+    # Of prunings there are many: they come last.
+    wanted = [name for name in (*named, *PRUNING) if full or name in _SHORT]
     lines = [line for name in wanted for item in _series(runs, name) for line in _lines(runs, *item)]
     if full:
         return lines
@@ -67,16 +68,23 @@ def summary(runs: Sequence[Run], *, full: bool = True) -> list[Line]:
 
 def csv_of_lines(runs: Sequence[Run]) -> str:
     """The table as a CSV, as `csv_uri` gives it: a line for each number of each run."""
+    rows = [
+        {
+            "measure": line.title,
+            "group": line.group,
+            "layer": line.place,
+            "run": run.label,
+            "value": value.value,
+            "interval": value.interval,
+            "difference": difference.value,
+            "its interval": difference.interval,
+            "n, seed": line.sample,
+        }
+        for line in summary(runs)
+        for run, value, difference in zip(runs, line.values, (Cell(""), *line.differences), strict=True)
+    ]
     columns = ["measure", "group", "layer", "run", "value", "interval", "difference", "its interval", "n, seed"]
-    return csv_uri(
-        columns,
-        (
-            dict(zip(columns, (line.title, line.group, line.place, run.label, *cells, line.sample), strict=True))
-            for line in summary(runs)
-            for run, value, apart in zip(runs, line.values, (Cell(""), *line.differences), strict=True)
-            for cells in ((value.value, value.interval, apart.value, apart.interval),)
-        ),
-    )
+    return csv_uri(columns, rows)
 
 
 def answers(runs: Sequence[Run]) -> list[Line]:
@@ -96,7 +104,7 @@ def others(runs: Sequence[Run]) -> list[tuple[str, str, Measurement]]:
 
     A number without sinks is listed where it is not that of all tokens.
     """
-    shown = {*_PRUNED, *(name for section in SECTIONS for name in (*section.metrics, *section.more))}
+    shown = {*PRUNING, *(name for section in SECTIONS for name in (*section.metrics, *section.more))}
     apart = {"answer_accuracy", "answer_prior", "answer_f1", "pair_accuracy", "probe_chance"}  # in figures of their own
     found = []
     for run in runs:
@@ -198,7 +206,7 @@ def _series(runs: Sequence[Run], name: str) -> Iterator[tuple[str, str, Series]]
     order = {NEVER_ASKED: 0, ASKED: 1}
     targets = [target for target in targets_of(runs, name) if not target.startswith(PARTS)]
     for target in sorted(targets, key=lambda target: order.get(groups.get(target, ""), 2)):
-        chosen = [] if name in _PRUNED else [run.headline(name, target) for run in runs]
+        chosen = [] if name in PRUNING else [run.headline(name, target) for run in runs]
         if name in _ALL_VARIANTS:
             chosen += [
                 s
