@@ -253,8 +253,9 @@ def images_of(path: str) -> Any:
 def _loaded(folder: Path) -> Any:
     from datasets import load_from_disk
 
+    from keepsight.errors import reason
+
     try:
         return load_from_disk(str(folder))
     except Exception as cause:  # a file of it is missing or cut off: which kind, depends
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"the data set '{folder}' cannot be loaded ({reason}); save it again.") from cause
+        raise ValueError(f"the data set '{folder}' cannot be loaded ({reason(cause)}); save it again.") from cause

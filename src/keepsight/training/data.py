@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from keepsight.errors import reason
 from keepsight.images import ImageError
 from keepsight.training.conversations import ConversationError, ConversationSource
 from keepsight.training.encode import CutError, Encoded, Encoder, Prepare
@@ -154,10 +155,9 @@ def _load_dataset(path: str, split: str) -> Any:
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
     except Exception as cause:  # which kind, depends on what is wrong and where
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"the data set '{path}' cannot be loaded ({reason}); give a folder that `save_to_disk` wrote, a folder of "
-            "data files, or a hub id. LLaVA's JSON goes to `data.conversations`."
+            f"the data set '{path}' cannot be loaded ({reason(cause)}); give a folder that `save_to_disk` wrote, a "
+            "folder of data files, or a hub id. LLaVA's JSON goes to `data.conversations`."
         ) from cause
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:

@@ -11,6 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from keepsight.errors import reason
 from keepsight.vlm.view import Vlm
 
 _FILM_FILE = "video_preprocessor_config.json"
@@ -199,5 +200,4 @@ def _pictures_only(place: str, cause: Exception) -> Any:
 def _hint(place: str, what: str, cause: Exception) -> str:
     while isinstance(cause, ImportError) and isinstance(cause.__cause__, ImportError):  # which package is missing
         cause = cause.__cause__
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    return f"'{place}' cannot be used: {what} ({reason})."
+    return f"'{place}' cannot be used: {what} ({reason(cause)})."
